@@ -1,0 +1,37 @@
+# Each target sets up .venv by itself: once, and again when pyproject.toml changes.
+PYTHON ?= python3
+PROTOCOL ?= quick
+TABLE ?= overview
+LAUNCHER ?= joblib
+JOBS ?= $(shell $(PYTHON) -c 'import os; print(os.cpu_count())')
+BIN := .venv/bin
+
+.PHONY: reproduce-tables test test-slow lint format clean
+
+reproduce-tables: .venv/stamp
+	$(BIN)/python scripts/reproduce.py --protocol $(PROTOCOL) --table $(TABLE) --launcher $(LAUNCHER) --jobs $(JOBS)
+
+test: .venv/stamp
+	$(BIN)/python -m pytest
+
+test-slow: .venv/stamp
+	$(BIN)/python -m pytest -m slow
+
+lint: .venv/stamp
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: .venv/stamp
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+.venv/stamp: pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v < (3, 14) else \
+	  f"Python 3.11, 3.12 or 3.13 is needed, $(PYTHON) is {v[0]}.{v[1]}: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf .venv outputs

@@ -1,0 +1,25 @@
+"""Everything random is a function of (seed, stream, index): nothing random is stored, so a run resumes
+anywhere, and changing what one part draws never shifts what another part draws."""
+
+import numpy as np
+import torch
+
+# The numbers are part of every recorded result: append, never renumber.
+STREAMS = {"coin": 0, "init": 1, "order": 2, "augment": 3, "model": 4, "split": 5, "label_noise": 6}
+
+
+def draw(seed: int, stream: str, index: int = 0) -> int:
+    """64 uniform random bits for (seed, stream, index), the same in every process and on every machine.
+
+    numpy's `SeedSequence` hashes the three integers; its output is guaranteed not to change between
+    numpy versions (NEP 19).
+    """
+    if seed < 0:
+        raise ValueError(f"seed must be a non-negative integer, got {seed}")
+    return int(np.random.SeedSequence((seed, STREAMS[stream], index)).generate_state(1, np.uint64)[0])
+
+
+def generator(seed: int, stream: str, index: int = 0) -> torch.Generator:
+    """A CPU generator for (seed, stream, index). Drawn from on the CPU for every device, so that the same
+    seed means the same data order and augmentation on all of them."""
+    return torch.Generator().manual_seed(draw(seed, stream, index))

@@ -1,0 +1,67 @@
+"""Wide residual networks (Zagoruyko & Komodakis 2016), in the variant of the paper: no projections."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from rst.models.registry import initialize, register
+
+
+class WideBlock(nn.Module):
+    """conv(relu(norm(conv(relu(norm(x)))))) + shortcut(x), the shortcut average-pooled and zero-padded.
+
+    `activate_shortcut`: the shortcut branches off after the first norm and ReLU rather than before.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int, activate_shortcut: bool) -> None:
+        super().__init__()
+        self.norm1 = nn.BatchNorm2d(in_channels)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride=stride, padding=1, bias=False)
+        self.norm2 = nn.BatchNorm2d(out_channels)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
+        self.stride = stride
+        self.new_channels = out_channels - in_channels
+        self.activate_shortcut = activate_shortcut
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = F.relu(self.norm1(x))
+        shortcut = y if self.activate_shortcut else x
+        if self.stride > 1:
+            # ceil_mode: the strided convolution rounds odd sizes up.
+            shortcut = F.avg_pool2d(shortcut, self.stride, ceil_mode=True)
+        if self.new_channels:
+            shortcut = F.pad(shortcut, (0, 0, 0, 0, 0, self.new_channels))
+        return self.conv2(F.relu(self.norm2(self.conv1(y)))) + shortcut
+
+
+class WideResNet(nn.Module):
+    """16-channel stem, three groups of (depth − 4)/6 pre-activation blocks with `width`, 2·`width` and
+    4·`width` channels and strides 1, 2, 2, global average pooling, dense: (N, C, H, W) to (N, classes)."""
+
+    def __init__(self, depth: int, num_classes: int, in_chans: int, width: int) -> None:
+        super().__init__()
+        if width < 16:
+            raise ValueError(f"width must be at least the stem's 16 channels, got {width}")
+        self.stem = nn.Conv2d(in_chans, 16, 3, padding=1, bias=False)
+        groups = []
+        channels = 16
+        for i in range(3):
+            group = []
+            for j in range((depth - 4) // 6):
+                stride = 2 if i > 0 and j == 0 else 1
+                group.append(WideBlock(channels, width * 2**i, stride, activate_shortcut=i == j == 0))
+                channels = width * 2**i
+            groups.append(nn.Sequential(*group))
+        self.groups = nn.Sequential(*groups)
+        self.norm = nn.BatchNorm2d(channels)
+        self.head = nn.Linear(channels, num_classes)
+        initialize(self)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(F.relu(self.norm(self.groups(self.stem(x)))).mean((2, 3)))
+
+
+@register
+def wrn28_10(num_classes: int = 10, in_chans: int = 3, width: int = 160) -> WideResNet:
+    """WRN-28-10, 36 220 634 parameters at 10 classes. `width` is the first group's channels: 16 × 10."""
+    return WideResNet(28, num_classes, in_chans, width)

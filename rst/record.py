@@ -1,0 +1,199 @@
+"""What a run is called, where its files lie, and what is written into them."""
+
+import hashlib
+import json
+import os
+import platform
+import re
+import resource
+import socket
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+
+from rst import __version__
+from rst.checkpoint import write_atomically
+
+SCHEMA = 1
+
+# What cannot change a run's result is no part of its identity. `dataset.root` is where the data lie, not
+# what they are: image_folder's `name` says that.
+NOT_IDENTITY = ("device", "outputs", "tracker", "dataset.root", "dataset.download")
+
+
+def identity(config: Mapping[str, Any]) -> str:
+    """Eight hex digits of the SHA-256 of what determines the result."""
+
+    def keep(node: Any, path: str = "") -> Any:
+        if isinstance(node, Mapping):
+            paths = {key: f"{path}.{key}" if path else str(key) for key in node}
+            return {key: keep(node[key], paths[key]) for key in node if paths[key] not in NOT_IDENTITY}
+        if isinstance(node, list):
+            return [keep(item, path) for item in node]
+        # `p=1` and `p=1.0` are one configuration.
+        return float(node) if isinstance(node, int) and not isinstance(node, bool) else node
+
+    text = json.dumps(keep(config), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run's files: `config.yaml`, `metrics.jsonl` (a line an epoch), `checkpoint.pt` and `result.json`.
+
+    The last is written at the end, atomically: its presence is completion.
+
+    Args:
+        outputs: the folder of run folders.
+        config: the resolved configuration, as plain containers.
+        choices: the option chosen in each configuration group.
+        command: the command line that repeats the run.
+    """
+
+    outputs: Path
+    config: dict[str, Any]
+    choices: dict[str, str]
+    command: str
+
+    @property
+    def id(self) -> str:
+        return identity(self.config)
+
+    @property
+    def labels(self) -> list[str]:
+        """What the run is, in words: data set, model, augmentation, method, schedule."""
+        timm_model = {"model": self.config["model"]["name"]} if self.choices["model"] == "timm" else {}
+        chosen = self.choices | timm_model
+        return [chosen[group] for group in ("dataset", "model", "augment", "method", "schedule")]
+
+    @property
+    def name(self) -> str:
+        """`dataset-model-augment-method-schedule-s<seed>-<id>`, safe as a folder's name."""
+        text = "-".join([*self.labels, f"s{self.config['seed']}", self.id])
+        return re.sub(r"[^A-Za-z0-9_.-]+", "_", text).lstrip(".")
+
+    @property
+    def folder(self) -> Path:
+        return self.outputs / self.name
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.folder / "checkpoint.pt"
+
+    def result(self) -> dict[str, Any] | None:
+        """The result of a completed run, else None."""
+        path = self.folder / "result.json"
+        return json.loads(path.read_text()) if path.exists() else None
+
+    def open(self, metrics: list[dict[str, Any]]) -> None:
+        """Make the folder, with the metrics of the epochs that a checkpoint already covers.
+
+        Raises:
+            PermissionError: with the reason, where it cannot be written.
+        """
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            config = OmegaConf.to_yaml(OmegaConf.create(self.config)).encode()
+            write_atomically(self.folder / "config.yaml", lambda file: file.write(config))
+            lines = "".join(json.dumps(row) + "\n" for row in metrics).encode()
+            write_atomically(self.folder / "metrics.jsonl", lambda file: file.write(lines))
+        except OSError as error:
+            raise PermissionError(
+                f"cannot write to outputs={self.outputs} ({error.strerror}); choose another folder"
+            ) from error
+
+    def append(self, metrics: dict[str, Any]) -> None:
+        with (self.folder / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(metrics) + "\n")
+
+    def complete(self, figures: dict[str, Any]) -> dict[str, Any]:
+        """Write `result.json`: the figures with the run's identity and provenance. Returns it."""
+        result = {
+            "schema": SCHEMA,
+            "id": self.id,
+            "name": self.name,
+            "command": self.command,
+            "choices": self.choices,
+            "seed": self.config["seed"],
+            **figures,
+            **provenance(),
+            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+        text = json.dumps(result, indent=1).encode()
+        write_atomically(self.folder / "result.json", lambda file: file.write(text))
+        return result
+
+
+def summarize(metrics: list[dict[str, Any]]) -> dict[str, Any]:
+    """A run's figures from its epochs' metrics: the last epoch's, the best test accuracy, summed seconds."""
+    last, best = metrics[-1], max(metrics, key=lambda row: row["test_accuracy"])  # the earliest of the best
+    kept = (
+        "steps",
+        "sam_steps",
+        "propagations",
+        "test_accuracy",
+        "test_loss",
+        "train_accuracy",
+        "train_loss",
+    )
+    seconds = {part: sum(row[f"seconds_{part}"] for row in metrics) for part in ("train", "evaluate", "data")}
+    seconds["total"] = sum(seconds.values())
+    return {
+        "epochs": last["epoch"],
+        **{key: last[key] for key in kept},
+        "best_test_accuracy": best["test_accuracy"],
+        "best_epoch": best["epoch"],
+        "seconds": seconds,
+        "images_per_second": sum(row["images"] for row in metrics) / (seconds["train"] + seconds["data"]),
+    }
+
+
+def provenance() -> dict[str, Any]:
+    """Versions, commit and host: with what a result was made."""
+    return {
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "cuda": torch.version.cuda if torch.cuda.is_available() else None,
+            "rst": __version__,
+        },
+        **_commit(),
+        "host": socket.gethostname(),
+    }
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most memory held: by PyTorch on a CUDA device, by the whole process on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    kibibytes_on_linux = 1 if platform.system() == "Darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kibibytes_on_linux
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo")
+    models = re.findall(r"model name\s*:\s*(.+)", cpuinfo.read_text()) if cpuinfo.exists() else []
+    return f"{models[0] if models else platform.machine()} ({os.cpu_count()} cores)"
+
+
+def _commit() -> dict[str, Any]:
+    """The checkout's commit, and whether tracked files outside `results/` differ from it."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        top = git("rev-parse", "--show-toplevel")
+        status = git("status", "--porcelain", "--untracked-files=no", "--", top, f":!{top}/results")
+        return {"commit": git("rev-parse", "--short=12", "HEAD"), "dirty": bool(status)}
+    except (OSError, subprocess.CalledProcessError):
+        return {"commit": None, "dirty": None}

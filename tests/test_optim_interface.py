@@ -1,0 +1,241 @@
+"""RST as a torch optimizer: calls, counters, arguments, schedulers, state."""
+
+import math
+import re
+import warnings
+
+import pytest
+import torch
+from reference import BASES, assert_close, assert_same_bits, loss_of, network, sgd, state, take_steps
+
+from rst import RST, Constant, Linear, Periodic, uniform
+
+
+def test_a_plain_function_is_a_schedule():
+    model = network()
+
+    def late(step, total_steps):
+        return 1.0 if step >= total_steps - 3 else 0.0
+
+    X = take_steps(model, RST(sgd(model.parameters()), late, 10, module=model), 10)
+    assert X == [False] * 7 + [True] * 3
+
+
+def test_the_coin_decides():
+    model = network()
+    optimizer = RST(sgd(model.parameters()), Linear(1.0, 0.2), 50, module=model, seed=11)
+    assert take_steps(model, optimizer, 50) == [uniform(11, t) < 1 - 0.8 * t / 50 for t in range(50)]
+
+
+def test_step_with_closure_is_gradient_then_step():
+    models = network(), network()
+    optimizers = [RST(sgd(m.parameters()), Constant(0.5), 20, gamma=0.5, module=m) for m in models]
+    torch.manual_seed(5)
+    together = [optimizers[0].step(lambda t=t: loss_of(models[0], t)) for t in range(20)]
+    torch.manual_seed(5)
+    apart = []
+    for t in range(20):
+        apart.append(optimizers[1].gradient(lambda t=t: loss_of(models[1], t)))
+        optimizers[1].step()
+    assert together == apart
+    assert_same_bits(*map(state, models))
+
+
+def test_loss_is_the_clean_pass_s():
+    model = network()
+    torch.manual_seed(5)
+    expected = loss_of(model, 0).item()
+    model = network()
+    torch.manual_seed(5)
+    optimizer = RST(sgd(model.parameters()), Constant(1.0), 1, rho=1.0, module=model)
+    seen = []
+
+    def closure():
+        seen.append(loss_of(model, 0))
+        return seen[-1]
+
+    assert float(optimizer.gradient(closure)) == expected
+    # With ρ = 1 the passes differ, or the line above would prove nothing.
+    assert seen[0].item() == expected != seen[1].item()
+
+
+def test_step_needs_a_gradient():
+    model = network()
+    optimizer = RST(sgd(model.parameters()), Constant(0.5), 10, module=model)
+    with pytest.raises(RuntimeError, match="gradient"):
+        optimizer.step()
+    optimizer.step(lambda: loss_of(model, 0))
+    before = state(model)
+    with pytest.raises(RuntimeError, match="gradient"):
+        optimizer.step()
+    assert_same_bits(state(model), before)
+
+
+def test_stepping_past_the_end():
+    model = network()
+    optimizer = RST(sgd(model.parameters()), Constant(0.5), 17, module=model)
+    take_steps(model, optimizer, 17)
+    before = state(model)
+    with pytest.raises((ValueError, RuntimeError), match=r"17\b") as caught:
+        optimizer.gradient(lambda: loss_of(model, 17))
+    # Both numbers: the step asked for (counted from 0 or from 1) and the total.
+    assert len(re.findall(r"\b1[78]\b", str(caught.value))) >= 2
+    assert optimizer.steps == 17
+    assert_same_bits(state(model), before)
+
+
+def test_matched_gamma():
+    """1/mean p over the run's steps, so Linear(0, 1), whose mean over T steps is (T−1)/2T, gives 2T/(T−1)."""
+
+    def gamma(schedule, T):
+        return RST(sgd(network().parameters()), schedule, T, gamma="matched").gamma
+
+    assert gamma(Constant(0.25), 40) == pytest.approx(4, rel=1e-14)
+    assert gamma(Constant(1.0), 40) == 1
+    assert gamma(Linear(0.0, 1.0), 40) == pytest.approx(80 / 39, rel=1e-14)
+    assert gamma(Periodic(5), 40) == pytest.approx(5, rel=1e-14)
+    assert gamma(lambda t, T: 0.5 if t < T / 2 else 0.0, 40) == pytest.approx(4, rel=1e-14)
+    with pytest.raises(ValueError, match="matched"):
+        gamma(Constant(0.0), 40)
+
+
+def test_matched_gamma_is_the_one_used():
+    models = []
+    for gamma in "matched", 2.5:
+        models.append(network())
+        torch.manual_seed(5)
+        optimizer = RST(sgd(models[-1].parameters()), Constant(0.4), 30, gamma=gamma, module=models[-1])
+        take_steps(models[-1], optimizer, 30)
+    assert_close(*map(state, models))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"rho": -1.0}, ["rho", "-1"]),
+        ({"rho": math.nan}, ["rho", "nan"]),
+        ({"gamma": 0.0}, ["gamma", "0"]),
+        ({"gamma": -0.5}, ["gamma", "-0.5"]),
+        ({"gamma": "mached"}, ["gamma", "mached", "matched"]),
+        ({"mix": "mean"}, ["mix", "mean", "gradient", "normalized"]),
+        ({"total_steps": 0}, ["total_steps", "0"]),
+        ({"seed": -1}, ["seed", "-1"]),
+    ],
+    ids=lambda value: "-".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else "",
+)
+def test_invalid_arguments(wrong, words):
+    arguments = {"schedule": Constant(0.5), "total_steps": 10} | wrong
+    with pytest.raises(ValueError, match=re.escape(words[0])) as caught:
+        RST(sgd(network().parameters()), **arguments)
+    assert all(word in str(caught.value) for word in words)
+
+
+def test_invalid_rho_of_a_group():
+    model = network()
+    with pytest.raises(ValueError, match=r"rho.*-2"):
+        RST(sgd([{"params": model.parameters(), "rho": -2.0}]), Constant(0.5), 10)
+
+
+def test_learning_rate_scheduler():
+    """Attached to RST it drives the base, and without torch's warning about the order of the calls."""
+    model, alone = network(), network()
+    optimizer, base = RST(sgd(model.parameters()), Constant(0.0), 10, module=model), sgd(alone.parameters())
+    assert isinstance(optimizer, torch.optim.Optimizer)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        schedulers = [torch.optim.lr_scheduler.CosineAnnealingLR(o, T_max=10) for o in (optimizer, base)]
+        for t in range(10):
+            torch.manual_seed(t)
+            optimizer.step(lambda t=t: loss_of(model, t))
+            torch.manual_seed(t)
+            base.zero_grad()
+            loss_of(alone, t)
+            base.step()
+            for scheduler in schedulers:
+                scheduler.step()
+            assert optimizer.base.param_groups[0]["lr"] == base.param_groups[0]["lr"] < 0.05
+    assert_same_bits(state(model), state(alone))
+
+
+def build(base, steps=40):
+    model = network()
+    return model, RST(BASES[base](model.parameters()), Linear(0.2, 1.0), steps, gamma=0.5, module=model)
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_state_dict_continues_identically(base, tmp_path):
+    model, optimizer = build(base)
+    torch.manual_seed(5)
+    X = take_steps(model, optimizer, 20)
+    torch.save([model.state_dict(), optimizer.state_dict(), torch.get_rng_state()], tmp_path / "state.pt")
+    X += take_steps(model, optimizer, 20, start=20)
+
+    again, resumed = build(base)
+    states = torch.load(tmp_path / "state.pt")
+    again.load_state_dict(states[0])
+    resumed.load_state_dict(states[1])
+    torch.set_rng_state(states[2])
+    expected = {"steps": 20, "sam_steps": sum(X[:20]), "propagations": 20 + sum(X[:20])}
+    assert states[1]["rst"] == resumed.state_dict()["rst"] == expected
+    assert take_steps(again, resumed, 20, start=20) == X[20:]
+    assert_same_bits(state(again), state(model))
+    assert resumed.propagations == optimizer.propagations
+
+
+def test_groups_stay_the_base_s_after_loading():
+    """`base.load_state_dict` puts new dicts in `param_groups`; an old reference would miss later changes."""
+    model, optimizer = build("sgd")
+    take_steps(model, optimizer, 5)
+    saved = optimizer.state_dict()
+
+    again, resumed = build("sgd")
+    again.load_state_dict(model.state_dict())
+
+    def shared():
+        pairs = zip(resumed.param_groups, resumed.base.param_groups, strict=True)
+        return all(a is b and "rho" in a for a, b in pairs)
+
+    assert shared()
+    resumed.base.load_state_dict({key: saved[key] for key in ("state", "param_groups")})
+    assert shared()
+    resumed.load_state_dict(saved)
+    assert shared()
+    torch.optim.lr_scheduler.LambdaLR(resumed, lambda epoch: 0.0)
+    before = [p.clone() for p in again.parameters()]
+    take_steps(again, resumed, 1, start=5)
+    assert_same_bits(list(again.parameters()), before)
+
+
+def test_state_of_a_bare_base_can_be_loaded_into_the_base():
+    """It has no rho; the groups keep theirs."""
+    bare = network()
+    base = sgd(bare.parameters())
+    loss_of(bare, 0)
+    base.step()
+
+    model, optimizer = build("sgd")
+    model.load_state_dict(bare.state_dict())
+    optimizer.base.load_state_dict(base.state_dict())
+    take_steps(model, optimizer, 40)
+    assert optimizer.sam_steps > 0
+    assert [group["rho"] for group in optimizer.param_groups] == [0.1]
+
+
+def test_state_without_counters_is_refused():
+    _, optimizer = build("sgd")
+    with pytest.raises(ValueError, match="base"):
+        optimizer.load_state_dict(sgd(network().parameters()).state_dict())
+
+
+def test_a_group_added_later():
+    """It trains, and is perturbed, like a group that was there from the start."""
+    model, other = network(), network()
+    optimizer = RST(sgd(model[:4].parameters()), Constant(1.0), 5, module=model)
+    optimizer.add_param_group({"params": model[4].parameters(), "rho": 0.3})
+    groups = [{"params": other[:4].parameters()}, {"params": other[4].parameters(), "rho": 0.3}]
+    for m, o in (model, optimizer), (other, RST(sgd(groups), Constant(1.0), 5, module=other)):
+        torch.manual_seed(5)
+        take_steps(m, o, 5)
+    assert_same_bits(state(model), state(other))
+    with pytest.raises(ValueError, match="rho"):
+        optimizer.add_param_group({"params": [torch.nn.Parameter(torch.zeros(1))], "rho": -1.0})

@@ -1,0 +1,175 @@
+"""The schedules against the table of the authors' definitions, their costs against sums, the coin."""
+
+import math
+import subprocess
+import sys
+
+import pytest
+import scipy.stats
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rst import (
+    Constant,
+    Cosine,
+    Linear,
+    Periodic,
+    Piecewise,
+    expected_propagations,
+    propagations_std,
+    uniform,
+)
+from rst.schedule import linear1, linear2, piecewise1, piecewise2, piecewise3
+
+PROBABILITY = st.floats(0, 1)
+STEPS = st.integers(1, 3000)
+SCHEDULES = st.one_of(
+    st.builds(Constant, PROBABILITY),
+    st.builds(Piecewise, PROBABILITY, PROBABILITY, PROBABILITY),
+    st.builds(Linear, PROBABILITY, PROBABILITY),
+    st.builds(Cosine, PROBABILITY, PROBABILITY),
+    st.builds(Periodic, st.integers(1, 50)),
+)
+
+# name: (ours, the authors' p(t) written out)
+AUTHORS = {
+    "constant": (Constant, lambda p, t, T: p),
+    "piecewise1": (piecewise1, lambda p, t, T: 0 if t <= p * T else 1),
+    "piecewise2": (piecewise2, lambda p, t, T: 1 if t <= p * T else 0),
+    "piecewise3": (piecewise3, lambda p, t, T: p if t <= T / 2 else 1 - p),
+    "linear1": (
+        linear1,
+        lambda p, t, T: 2 * p * t / T if p <= 0.5 else (2 * p - 1) + 2 * (1 - p) * t / T,
+    ),
+    "linear2": (linear2, lambda p, t, T: p + (1 - 2 * p) * t / T),
+}
+
+
+@pytest.mark.parametrize("total_steps", [1, 7, 100, 39000])
+@pytest.mark.parametrize("p", [0.0, 0.1, 0.25, 0.5, 0.7, 1.0])
+@pytest.mark.parametrize("name", AUTHORS)
+def test_presets_are_the_authors(name, p, total_steps):
+    ours, theirs = AUTHORS[name]
+    boundary = math.floor(p * total_steps)
+    for t in {0, 1, boundary, boundary + 1, total_steps // 2, total_steps // 2 + 1, total_steps - 1}:
+        assert ours(p)(t, total_steps) == pytest.approx(theirs(p, t, total_steps), abs=1e-15), t
+
+
+def test_the_first_step_after_the_boundary_is_floor_plus_one():
+    p = [Piecewise(0.2, 0.9, boundary=0.25)(t, 10) for t in range(10)]
+    assert p == [0.2] * 3 + [0.9] * 7  # ⌊2.5⌋ + 1 = 3
+
+
+def test_cosine_and_periodic_by_hand():
+    cosine = Cosine(0.2, 1.0)
+    assert [cosine(t, 4) for t in (0, 2)] == pytest.approx([0.2, 0.6])
+    assert cosine(1, 4) == pytest.approx(0.6 - 0.4 * math.sqrt(0.5))
+    assert [Periodic(3)(t, 8) for t in range(8)] == [1, 0, 0, 1, 0, 0, 1, 0]
+
+
+@given(SCHEDULES, STEPS, st.data())
+def test_a_schedule_is_a_probability(schedule, total_steps, data):
+    step = data.draw(st.integers(0, total_steps - 1))
+    assert -1e-15 <= schedule(step, total_steps) <= 1 + 1e-15
+
+
+@given(SCHEDULES, STEPS)
+def test_cost_is_the_brute_force_sum(schedule, total_steps):
+    p = [schedule(t, total_steps) for t in range(total_steps)]
+    assert expected_propagations(schedule, total_steps) == pytest.approx(
+        total_steps + math.fsum(p), rel=1e-12
+    )
+    # The variance is a difference of two sums of up to T, so it is exact to rounding of those, T·1e-15.
+    variance = math.fsum(x * (1 - x) for x in p)
+    assert propagations_std(schedule, total_steps) ** 2 == pytest.approx(variance, abs=1e-11)
+
+
+def test_cost_of_any_callable_is_summed():
+    assert expected_propagations(lambda t, T: t / T, 4) == 4 + 1.5
+    assert propagations_std(lambda t, T: 0.5, 4) == 1.0
+    with pytest.raises(ValueError, match="total_steps must be at least 1, got 0"):
+        expected_propagations(Constant(0.5), 0)
+
+
+@pytest.mark.parametrize("rising", [True, False])
+@pytest.mark.parametrize("p", [0.0, 0.25, 0.5, 0.75, 1.0])
+@pytest.mark.parametrize("family", [Constant, Piecewise, Linear, Cosine])
+def test_families_have_the_mean_they_are_asked_for(family, p, rising):
+    total_steps = 1000
+    mean = expected_propagations(family.with_mean(p, rising), total_steps) / total_steps - 1
+    # Ends that differ by d miss p by d/2T (the sum stops one step short of T), the boundary step by 1/T.
+    assert mean == pytest.approx(p, abs=1 / total_steps)
+    if p in (0.0, 1.0):
+        assert mean == p
+
+
+def test_rising_families_take_their_sam_steps_late():
+    assert Piecewise.with_mean(0.25) == Piecewise(0.0, 1.0, boundary=0.75)
+    assert Piecewise.with_mean(0.25, rising=False) == Piecewise(1.0, 0.0, boundary=0.25)
+    assert Linear.with_mean(0.25) == Linear(0.0, 0.5)
+    assert Linear.with_mean(0.75, rising=False) == Linear(1.0, 0.5)
+    assert Cosine.with_mean(0.75) == Cosine(0.5, 1.0)
+
+
+@given(PROBABILITY, STEPS, st.data())
+def test_equal_ends_are_a_constant(p, total_steps, data):
+    step = data.draw(st.integers(0, total_steps - 1))
+    assert Linear(p, p)(step, total_steps) == Constant(p)(step, total_steps)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Constant(1.5), "p must be a number in [0, 1], got 1.5"),
+        (lambda: Constant(math.nan), "p must be a number in [0, 1], got nan"),
+        (lambda: Constant("high"), "p must be a number in [0, 1], got 'high'"),
+        (lambda: Linear.with_mean(-0.1), "p must be a number in [0, 1], got -0.1"),
+        (lambda: Piecewise(0, 1, boundary=2), "boundary must be a number in [0, 1], got 2"),
+        (lambda: Cosine(0, 1.01), "end must be a number in [0, 1], got 1.01"),
+        (lambda: Periodic(0), "every must be a whole number of steps ≥ 1, got 0"),
+    ],
+)
+def test_refuses_what_is_no_probability(make, message):
+    with pytest.raises(ValueError) as error:
+        make()
+    assert message in str(error.value)
+
+
+def test_the_coin_is_uniform():
+    # One fixed sample, so the test is deterministic; had the coin been chosen at random and fair, this would
+    # have failed with probability 1e-3 a seed.
+    for seed in (0, 1, 12345):
+        coins = [uniform(seed, step) for step in range(20000)]
+        assert all(0 <= u < 1 for u in coins)
+        assert scipy.stats.kstest(coins, "uniform").pvalue > 1e-3
+        # Neighbouring steps and neighbouring seeds are uncorrelated: |r| < 4/√n.
+        assert abs(scipy.stats.pearsonr(coins[:-1], coins[1:]).statistic) < 4 / math.sqrt(20000)
+        other = [uniform(seed + 1, step) for step in range(20000)]
+        assert abs(scipy.stats.pearsonr(coins, other).statistic) < 4 / math.sqrt(20000)
+
+
+def test_the_coin_is_the_same_in_another_process():
+    code = "from rst import uniform; print([uniform(7, t) for t in range(5)])"
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert printed.strip() == str([uniform(7, t) for t in range(5)])
+
+
+def test_the_coin_is_part_of_every_record():
+    # Recorded results depend on these values: they must never change.
+    assert [uniform(0, 0), uniform(0, 1), uniform(1, 0)] == [
+        0.856153005662195,
+        0.46887419067603087,
+        0.40303891278509085,
+    ]
+
+
+def test_sam_steps_of_a_smaller_p_are_a_subset():
+    def sam_steps(p):
+        return {t for t in range(2000) if uniform(3, t) < Constant(p)(t, 2000)}
+
+    assert sam_steps(0.3) < sam_steps(0.7)
+
+
+def test_a_seed_is_a_non_negative_integer():
+    with pytest.raises(ValueError, match="got -1"):
+        uniform(-1, 0)

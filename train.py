@@ -1,0 +1,138 @@
+"""Train one model: `python train.py method=rst schedule=linear model=wrn28_10`, or a sweep with `-m`."""
+
+import logging
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import hydra
+import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from tqdm import tqdm
+
+from rst import checkpoint, expected_propagations, propagations_std
+from rst.command_line import launch, task
+from rst.data import steps_per_epoch
+from rst.draws import draw
+from rst.engine import Training, cpu_threads, pick_device
+from rst.record import Run, device_name, peak_memory_bytes, summarize
+
+log = logging.getLogger("train")
+
+# These methods are what they are by their schedule: p(t) is this number.
+FIXED_P = {"sgd": 0.0, "sam": 1.0, "asam": 1.0, "gnp": 1.0}
+
+
+@hydra.main(version_base="1.3", config_path="conf", config_name="train")
+@task
+def main(cfg: DictConfig) -> None:
+    config: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    job = HydraConfig.get()
+    choices = {str(k): str(v) for k, v in job.runtime.choices.items() if not str(k).startswith("hydra/")}
+    check(config, choices)
+    command = shlex.join(["python", "train.py", *job.overrides.task])
+    run = Run(Path(config["outputs"]), config, choices, command)
+    result = run.result()
+    if result is not None:
+        log.info("%s is complete, nothing to run", run.folder)
+    else:
+        with cpu_threads(config["threads"]):
+            result = train(run, config, verbose=job.mode is RunMode.RUN)
+    log.info(
+        "%s: test accuracy %.2f %%, best %.2f %%, propagation count %.3f, expected %.3f, %.1f s of training",
+        run.name,
+        100 * result["test_accuracy"],
+        100 * result["best_test_accuracy"],
+        result["propagations"] / result["steps"],
+        result["expected_propagations"] / result["steps"],
+        result["seconds"]["train"],
+    )
+
+
+def check(config: dict[str, Any], choices: dict[str, str]) -> None:
+    """Refuse what the parts themselves would not, or only after minutes of loading data."""
+    for key, least in {"seed": 0, "epochs": 1, "batch_size": 1}.items():
+        if not isinstance(config[key], int) or config[key] < least:
+            raise ValueError(f"{key} must be a whole number of at least {least}, got {config[key]!r}")
+    method, schedule = choices["method"], config["schedule"]
+    p = FIXED_P.get(method)
+    if p is not None and (choices["schedule"] != "constant" or schedule["p"] != p):
+        raise ValueError(
+            f"method={method} takes a SAM step {'always' if p else 'never'}, which contradicts "
+            f"schedule={choices['schedule']}: leave the schedule out, or use method=rst or method=grst"
+        )
+
+
+def train(run: Run, config: dict[str, Any], verbose: bool) -> dict[str, Any]:
+    """One run, new or resumed, from its configuration to its result."""
+
+    def build(group: str) -> Any:
+        return instantiate(config[group], _convert_="all")
+
+    device = pick_device(config["device"])
+    schedule = build("schedule")
+    data = build("dataset").to(device)
+    total_steps = config["epochs"] * steps_per_epoch(data, config["batch_size"])
+
+    torch.manual_seed(draw(config["seed"], "init"))
+    _, channels, height, _ = data.train_images.shape
+    model = build("model")(num_classes=len(data.classes), in_chans=channels, image_size=height).to(device)
+    if config["channels_last"]:
+        model = model.to(memory_format=torch.channels_last)
+    base = build("optimizer")(model.parameters())
+    optimizer = build("method")(base, schedule, total_steps, module=model, seed=config["seed"])
+    settings = ("epochs", "batch_size", "seed", "l2", "clip_norm", "precision")
+    training = Training(
+        model,
+        optimizer,
+        build("lr_schedule"),
+        data,
+        build("augment"),
+        **{key: config[key] for key in settings},
+    )
+    tracker = build("tracker")(
+        run_name=run.name, group="-".join(run.labels), tags=run.labels, folder=run.folder, config=config
+    )
+
+    state = checkpoint.load(run.checkpoint)
+    if state is not None:
+        training.load_state_dict(state)
+        log.info("%s resumes after epoch %d", run.folder, len(training.metrics))
+    run.open(training.metrics)
+    if verbose:
+        log.info("%s: %d steps on %s", run.folder, total_steps, device_name(device))
+
+    bar = tqdm(
+        total=total_steps, initial=optimizer.steps, unit="step", disable=not (verbose and sys.stderr.isatty())
+    )
+    with bar, tracker:
+        for metrics in training.run(on_step=bar.update):
+            run.append(metrics)
+            checkpoint.save(run.checkpoint, training.state_dict())
+            tracker.log(metrics)
+            bar.set_postfix_str(f"epoch {metrics['epoch']}, test {metrics['test_accuracy']:.2%}")
+            if verbose and bar.disable:
+                log.info(
+                    "epoch {epoch}: train loss {train_loss:.4f}, test loss {test_loss:.4f}, "
+                    "test accuracy {test_accuracy:.4f}, propagations {propagations}".format(**metrics)
+                )
+        figures = {
+            **summarize(training.metrics),
+            "expected_propagations": expected_propagations(schedule, total_steps),
+            "propagations_std": propagations_std(schedule, total_steps),
+            "peak_memory_bytes": peak_memory_bytes(device),
+            "device": device.type,
+            "device_name": device_name(device),
+            "threads": torch.get_num_threads(),
+        }
+        result = run.complete(figures)
+        tracker.summary(result)
+    return result
+
+
+if __name__ == "__main__":
+    launch(main)
