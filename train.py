@@ -11,7 +11,7 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from tqdm import tqdm
 
 from rst import checkpoint, expected_propagations, propagations_std
@@ -30,18 +30,15 @@ FIXED_P = {"sgd": 0.0, "sam": 1.0, "asam": 1.0, "gnp": 1.0}
 @hydra.main(version_base="1.3", config_path="conf", config_name="train")
 @task
 def main(cfg: DictConfig) -> None:
-    config: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
-    job = HydraConfig.get()
-    choices = {str(k): str(v) for k, v in job.runtime.choices.items() if not str(k).startswith("hydra/")}
-    check(config, choices)
-    command = shlex.join(["python", "train.py", *job.overrides.task])
-    run = Run(Path(config["outputs"]), config, choices, command)
+    with open_dict(cfg):
+        cfg.hydra = HydraConfig.get()
+    run = describe(cfg)
     result = run.result()
     if result is not None:
         log.info("%s is complete, nothing to run", run.folder)
     else:
-        with cpu_threads(config["threads"]):
-            result = train(run, config, verbose=job.mode is RunMode.RUN)
+        with cpu_threads(run.config["threads"]):
+            result = train(run, verbose=HydraConfig.get().mode is RunMode.RUN)
     log.info(
         "%s: test accuracy %.2f %%, best %.2f %%, propagation count %.3f, expected %.3f, %.1f s of training",
         run.name,
@@ -53,22 +50,34 @@ def main(cfg: DictConfig) -> None:
     )
 
 
+def describe(cfg: DictConfig) -> Run:
+    """The run that a composed configuration, Hydra's own part included, stands for."""
+    choices = {str(k): str(v) for k, v in cfg.hydra.runtime.choices.items() if not str(k).startswith("hydra/")}
+    command = shlex.join(["python", "train.py", *cfg.hydra.overrides.task])
+    nodes = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
+    config: Any = OmegaConf.to_container(nodes, resolve=True, throw_on_missing=True)
+    check(config, choices)
+    return Run(Path(config["outputs"]), config, choices, command)
+
+
 def check(config: dict[str, Any], choices: dict[str, str]) -> None:
     """Refuse what the parts themselves would not, or only after minutes of loading data."""
     for key, least in {"seed": 0, "epochs": 1, "batch_size": 1}.items():
         if not isinstance(config[key], int) or config[key] < least:
             raise ValueError(f"{key} must be a whole number of at least {least}, got {config[key]!r}")
-    method, schedule = choices["method"], config["schedule"]
-    p = FIXED_P.get(method)
-    if p is not None and (choices["schedule"] != "constant" or schedule["p"] != p):
+    p = FIXED_P.get(choices["method"])
+    constant = choices["schedule"] == "constant"
+    if p is not None and not (constant and config["schedule"]["p"] == p):
+        given = f"schedule.p={config['schedule']['p']}" if constant else f"schedule={choices['schedule']}"
         raise ValueError(
-            f"method={method} takes a SAM step {'always' if p else 'never'}, which contradicts "
-            f"schedule={choices['schedule']}: leave the schedule out, or use method=rst or method=grst"
+            f"method={choices['method']} takes a SAM step {'always' if p else 'never'}, which contradicts "
+            f"{given}: leave the schedule out, or use method=rst or method=grst"
         )
 
 
-def train(run: Run, config: dict[str, Any], verbose: bool) -> dict[str, Any]:
+def train(run: Run, verbose: bool) -> dict[str, Any]:
     """One run, new or resumed, from its configuration to its result."""
+    config = run.config
 
     def build(group: str) -> Any:
         return instantiate(config[group], _convert_="all")

@@ -7,9 +7,10 @@ from collections.abc import Callable
 from functools import wraps
 
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import InstantiationException, MissingConfigException
+from hydra.errors import HydraException, InstantiationException, MissingConfigException
 from hydra.types import RunMode
 from omegaconf import DictConfig
+from omegaconf.errors import MissingMandatoryValue
 
 log = logging.getLogger(__name__)
 _failures: list[Exception] = []
@@ -38,6 +39,7 @@ def task(function: Callable[[DictConfig], object]) -> Callable[[DictConfig], Non
 def launch(main: Callable[[], None]) -> None:
     """Run a `hydra.main` function and end the process as a command should."""
     full_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
+    _failures.clear()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra raise its errors rather than print them over lines
     try:
         main()
@@ -56,8 +58,11 @@ def one_line(error: BaseException) -> str:
     if isinstance(error, MissingConfigException) and error.options is not None:
         group, _, option = str(error.missing_cfg_file).rpartition("/")
         return f"unknown {group} '{option}': choose from {', '.join(sorted(error.options))}"
+    if isinstance(error, MissingMandatoryValue):
+        return f"{error.full_key} must be given: add {error.full_key}=VALUE"
     if isinstance(error, InstantiationException) and error.__cause__ is not None:
         error = error.__cause__
-    known = (ValueError, OSError, FloatingPointError)
     message = " ".join(str(error).split())
-    return message if isinstance(error, known) else f"{type(error).__name__}: {message}"
+    # Ours and Hydra's messages speak for themselves; what nobody foresaw needs its type.
+    known = isinstance(error, ValueError | OSError | FloatingPointError | HydraException)
+    return message if known else f"{type(error).__name__}: {message}"

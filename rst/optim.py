@@ -241,6 +241,8 @@ class RST(torch.optim.Optimizer):
 
     def _share(self, base: torch.optim.Optimizer) -> None:
         # `load_state_dict` gives the base new groups and a new state; run after it, this keeps them shared.
+        for old, new in zip(self.param_groups, base.param_groups, strict=True):
+            new.setdefault("rho", old["rho"])  # not in a state that was saved without RST
         self.param_groups, self.state = base.param_groups, base.state
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -291,23 +293,24 @@ def _refuse_zeroing(parameter: Tensor) -> Iterator[list[bool]]:
     """Raise if the gradient that `parameter` has on entry is zeroed or dropped before backward adds to it.
 
     Looks at the gradient's identity and version counter just before the first accumulation: no host
-    synchronisation, and in-place zeroing is seen too. Yields a list that is empty while backward has not
-    reached the parameter.
+    synchronisation, and in-place zeroing is seen too. (Not where the gradient is a view into
+    DistributedDataParallel's bucket, which shares one counter among its parameters.) Yields a list that is
+    empty while backward has not reached the parameter.
     """
     grad = parameter.grad
     assert grad is not None
     version = grad._version
-    intact: list[bool] = []
 
-    def look(_: Tensor) -> None:
-        intact.append(parameter.grad is grad and grad._version == version)
+    def is_untouched() -> bool:
+        return parameter.grad is grad and (grad._is_view() or grad._version == version)
 
-    handle = parameter.register_hook(look)
+    seen: list[bool] = []
+    handle = parameter.register_hook(lambda _: seen.append(is_untouched()))
     try:
-        yield intact
+        yield seen
     finally:
         handle.remove()
-    if not (intact[0] if intact else parameter.grad is grad and grad._version == version):
+    if not (seen[0] if seen else is_untouched()):
         raise RuntimeError(
             "the closure must not zero gradients: remove zero_grad() from it, RST.gradient does that itself"
         )

@@ -88,10 +88,8 @@ def error_against_propagations(table: Table, path: Path) -> Figure:
                 axes.plot([eta[i], x[i], x[i]], foot, color="0.7", lw=0.8, zorder=1)
             lead = axes.lines[-1]
             (line,) = axes.plot(x[front], error[front], "--", color="0.4", lw=1.2, zorder=2)
-            names = [
-                "Pareto front of the means (filled; rows of n ≥ 3)",
-                "leads to the row's η (rows of like η: lowest error first)",
-            ]
+            names = [f"Pareto front of the means (filled; n ≥ {MIN_SEEDS})"]
+            names += ["leads to the row's η (rows of like η: lowest error first)"]
             figure.legend([line, lead], names, loc="lower center", ncols=2, frameon=False, fontsize=9)
         axes.set_xlim(min(0.93, x.min(initial=1) - GAP), max(2.07, x.max(initial=2) + GAP))
         axes.set_xticks(np.linspace(1, 2, 11))

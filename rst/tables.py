@@ -4,6 +4,7 @@ Test error is 100·(1 − accuracy) in percent, at the last epoch. A table is a 
 asked for: the same runs.csv gives the same table, byte for byte.
 """
 
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -50,7 +51,9 @@ def write_runs(frame: pd.DataFrame, path: Path) -> None:
 
 def read_runs(path: Path) -> pd.DataFrame:
     """The frame given to `write_runs`, equal in every value and type."""
-    frame = pd.read_csv(path, dtype="string", keep_default_na=False, na_values=[""])
+    # Numbers by way of text: pandas' own parser may round the last digit.
+    types = defaultdict(lambda: "string", dirty="boolean")
+    frame = pd.read_csv(path, dtype=types, keep_default_na=False, na_values=[""])
     return frame.astype({name: dtype for name, dtype in _TYPES.items() if name in frame})
 
 
@@ -190,7 +193,7 @@ def _spread(name: str, frame: pd.DataFrame, columns: Sequence[str]) -> str:
     """The one value of `columns`, or each value with the rows that have it."""
     keys = [column.split(".")[-1] for column in columns]
     labels: dict[str, dict[str, None]] = {}
-    for label, *values in frame[["label", *columns]].astype(object).fillna("none").itertuples(index=False):
+    for label, *values in frame[["label", *columns]].astype("string").fillna("none").itertuples(index=False):
         text = ", ".join(f"{key} {value}" for key, value in zip(keys, values, strict=True))
         labels.setdefault(text, {})[label] = None
     if len(labels) == 1:

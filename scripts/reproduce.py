@@ -1,24 +1,32 @@
 """Run what is missing of a table under a protocol, then write the table: `make reproduce-tables` calls this."""
 
 import argparse
-import json
 import os
 import shlex
-import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
+from hydra._internal.callbacks import Callbacks
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.plugins import Plugins
+from hydra.core.utils import JobReturn, JobStatus
+from hydra.types import HydraContext
 from omegaconf import OmegaConf, open_dict
 
-from rst.plots import error_against_propagations
-from rst.record import Run
-from rst.tables import Row, build_table, runs_frame, to_markdown, write_runs, write_table
-
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import train  # noqa: E402  (it lies in the root, beside this folder)
+from rst.command_line import one_line  # noqa: E402
+from rst.plots import error_against_propagations  # noqa: E402
+from rst.record import Run  # noqa: E402
+from rst.tables import Row, build_table, runs_frame, to_markdown, write_runs, write_table  # noqa: E402
+
 CONF = ROOT / "conf"
 
 
@@ -37,14 +45,9 @@ def options(group: str) -> list[str]:
 def compose_run(overrides: list[str]) -> tuple[Run, list[str]]:
     """The run that `python train.py` would do with these overrides, and the seeds that a sweep would take."""
     cfg = compose("train", overrides, return_hydra_config=True)
-    choices = {str(k): str(v) for k, v in cfg.hydra.runtime.choices.items() if not str(k).startswith("hydra/")}
     sweep = OverridesParser.create().parse_override(f"seed={cfg.hydra.sweeper.params.get('seed', cfg.seed)}")
     seeds = list(sweep.sweep_string_iterator()) if sweep.is_sweep_override() else [str(sweep.value())]
-    with open_dict(cfg):
-        del cfg["hydra"]
-    config: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
-    command = shlex.join(["python", "train.py", *overrides])
-    return Run(Path(config["outputs"]), config, choices, command), seeds
+    return train.describe(cfg), seeds
 
 
 def cells_of(overrides: list[str]) -> list[Cell]:
@@ -53,21 +56,16 @@ def cells_of(overrides: list[str]) -> list[Cell]:
     return [Cell(cell, compose_run(cell)[0]) for cell in each]
 
 
-def run_missing(cells: list[Cell], outputs: str, launcher: str, jobs: int) -> int:
-    """Give the cells without a result to Hydra's launcher as one batch. Returns the exit code."""
-    missing = [cell.overrides for cell in cells if cell.run.result() is None]
-    print(f"{len(cells)} runs, {len(cells) - len(missing)} of them done, {len(missing)} to do", flush=True)
-    if not missing:
-        return 0
-    file = Path(outputs) / ".sweep" / "cells.json"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(missing))
-    command = [sys.executable, "train.py", "-m", "hydra/sweeper=cells", f"hydra.sweeper.file={file.resolve()}"]
-    command.append(f"hydra/launcher={launcher}")
+def launch(batch: list[list[str]], launcher: str, jobs: int) -> Sequence[JobReturn]:
+    """Give the jobs to a Hydra launcher, as `python train.py -m` does with those of a grid."""
+    overrides = ["hydra.mode=MULTIRUN", f"hydra/launcher={launcher}", "hydra/hydra_logging=none"]
     if launcher == "joblib":
-        command.append(f"hydra.launcher.n_jobs={jobs}")
-    # One thread a process: two such runs beat one run on two threads.
-    return subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}).returncode
+        overrides.append(f"hydra.launcher.n_jobs={jobs}")
+    config = compose("train", overrides, return_hydra_config=True)
+    context = HydraContext(GlobalHydra.instance().config_loader(), Callbacks(config))
+    task = train.main.__wrapped__  # type: ignore[attr-defined]  # what hydra.main decorates
+    plugin = Plugins.instance().instantiate_launcher(context, task, config)
+    return plugin.launch(batch, initial_job_idx=0)
 
 
 def main() -> None:
@@ -80,24 +78,26 @@ def main() -> None:
     parser.add_argument("--results", default="results", help="folder of the tables")
     parser.add_argument("overrides", nargs="*", help="added to every run, such as epochs=1")
     arguments = parser.parse_args()
+    os.chdir(ROOT)
+    os.environ["OMP_NUM_THREADS"] = "1"  # in the processes to come: two of one thread beat one of two
 
     specification: Any = OmegaConf.to_container(OmegaConf.load(CONF / "table" / f"{arguments.table}.yaml"))
     common = [f"protocol={arguments.protocol}", *arguments.overrides]
-    # Not where it is the default: the command that a result records should work anywhere.
+    # Left out where it is the default, so that the command which a run records holds anywhere.
     place = [] if arguments.outputs == "outputs" else [f"outputs={arguments.outputs}"]
-    os.chdir(ROOT)
+    failures = []
     with initialize_config_dir(str(CONF), version_base="1.3"):
         cells = {
             row["label"]: cells_of([*common, *row["overrides"], *place]) for row in specification["rows"]
         }
-    code = run_missing(
-        [cell for row in cells.values() for cell in row],
-        arguments.outputs,
-        arguments.launcher,
-        arguments.jobs,
-    )
+        all_cells = [cell for row in cells.values() for cell in row]
+        missing = [cell.overrides for cell in all_cells if cell.run.result() is None]
+        print(f"{len(all_cells)} runs, {len(missing)} of them to do", flush=True)
+        if missing:
+            returns = launch(missing, arguments.launcher, arguments.jobs)
+            failures = [job for job in returns if job.status is not JobStatus.COMPLETED]
 
-    results = [cell.run.result() for row in cells.values() for cell in row]
+    results = [cell.run.result() for cell in all_cells]
     runs = runs_frame(result for result in results if result is not None)
     rows = [
         Row(
@@ -111,13 +111,16 @@ def main() -> None:
         specification["title"], rows, runs, specification["reference"], specification["baseline"]
     )
     folder = Path(arguments.results) / arguments.protocol
+    folder.mkdir(parents=True, exist_ok=True)
     write_runs(runs, folder / "runs.csv")
     write_table(table, folder / f"{arguments.table}.md")
     write_table(table, folder / f"{arguments.table}.csv")
     error_against_propagations(table, folder / f"{arguments.table}.png")
     print(to_markdown(table))
     print(f"written to {folder}: runs.csv, {arguments.table}.md, .csv and .png")
-    sys.exit(code)
+    for job in failures:
+        print(f"failed: {' '.join(job.overrides or [])}: {one_line(job._return_value)}", file=sys.stderr)
+    sys.exit(1 if failures else 0)
 
 
 if __name__ == "__main__":

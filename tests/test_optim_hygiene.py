@@ -100,6 +100,8 @@ def test_closure_that_raises(fatal_pass, after_backward, error, gamma):
     for m, o in (model, optimizer), (untouched, other):
         torch.manual_seed(5)
         o.step(lambda m=m: loss_of(m, 0, torch.float32))
+    for m, o in (model, optimizer), (untouched, other):
+        o.gradient(lambda m=m: loss_of(m, 1, torch.float32))  # not stepped: may not serve the failed one
     before = settings(model)
     calls = itertools.count(1)
 
@@ -117,7 +119,7 @@ def test_closure_that_raises(fatal_pass, after_backward, error, gamma):
     assert_same_bits(list(model.parameters()), list(untouched.parameters()))
     assert settings(model) == before
     assert not any(p._backward_hooks for p in model.parameters())
-    assert (optimizer.steps, optimizer.sam_steps, optimizer.propagations) == (1, 1, 2)
+    assert (optimizer.steps, optimizer.sam_steps, optimizer.propagations) == (2, 2, 4)
     with pytest.raises(RuntimeError, match="gradient"):
         optimizer.step()
 
@@ -300,7 +302,7 @@ def peak_bytes(work) -> int:
     return max(itertools.accumulate(sizes))
 
 
-@pytest.mark.parametrize("batch", [4, 4096], ids=["weights dominate", "activations dominate"])
+@pytest.mark.parametrize("batch", [4, 1024], ids=["weights dominate", "activations dominate"])
 @pytest.mark.parametrize(
     "rule",
     [{}, {"gamma": 0.5}, {"gamma": 2.0, "mix": "normalized"}, {"gamma": 0.5, "adaptive": True}],

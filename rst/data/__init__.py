@@ -1,0 +1,21 @@
+"""Data sets held as uint8 tensors, and the batched augmentation that feeds a training step."""
+
+from rst.data.augment import Augment, normalize
+from rst.data.batches import steps_per_epoch, test_batches, train_batches
+from rst.data.cifar import cifar10, cifar100
+from rst.data.digits import digits
+from rst.data.image_folder import image_folder
+from rst.data.images import ImageData
+
+__all__ = [
+    "Augment",
+    "ImageData",
+    "cifar10",
+    "cifar100",
+    "digits",
+    "image_folder",
+    "normalize",
+    "steps_per_epoch",
+    "test_batches",
+    "train_batches",
+]

@@ -1,0 +1,119 @@
+"""A data set in memory, and the steps that every data set shares: holding out, taking a part, label noise."""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from sklearn.model_selection import train_test_split
+
+from rst import draws
+
+# Index of each use of the stream "split", so that none of them shifts another. Never renumber.
+DIGITS_SPLIT, VALIDATION_SPLIT, TRAIN_SIZE_SPLIT = 0, 1, 2
+
+
+@dataclass(frozen=True, eq=False)
+class ImageData:
+    """Training and test images with their labels, all on one device.
+
+    Images are uint8 [N, C, H, W], labels int64 [N]; `classes[label]` is a label's name. `mean` and `std`
+    are per channel, of pixel values scaled to [0, 1].
+    """
+
+    train_images: torch.Tensor
+    train_labels: torch.Tensor
+    test_images: torch.Tensor
+    test_labels: torch.Tensor
+    classes: tuple[str, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def to(self, device: torch.device | str) -> "ImageData":
+        """The same data on `device`, still uint8: a quarter of float's memory and transfer."""
+        tensors = ("train_images", "train_labels", "test_images", "test_labels")
+        return replace(self, **{name: getattr(self, name).to(device) for name in tensors})
+
+
+def channel_statistics(images: torch.Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and (population) standard deviation per channel of uint8 [N, C, H, W], scaled to [0, 1].
+
+    Exact, from a histogram of the 256 values. A constant channel gets std 1, so that it can be divided by.
+    """
+    values = np.arange(256) / 255
+    means, stds = [], []
+    for channel in images.unbind(1):
+        # In chunks: bincount widens its input to int64, eight times the size of the data.
+        counts = sum(np.bincount(part.flatten(), minlength=256) for part in channel.split(4096))
+        mean = float(np.average(values, weights=counts))
+        means.append(mean)
+        stds.append(float(np.average((values - mean) ** 2, weights=counts)) ** 0.5 or 1.0)
+    return tuple(means), tuple(stds)
+
+
+def stratified(labels: torch.Tensor, size: int, seed: int, split: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """`size` indices in which each class keeps its share, drawn by (seed, split), and the remaining ones.
+
+    Both sorted. Raises ValueError where scikit-learn cannot: a class with one image, or fewer images than
+    classes on one side.
+    """
+    random_state = draws.draw(seed, "split", split) % 2**32  # scikit-learn takes 32 bits
+    try:
+        chosen, rest = train_test_split(
+            np.arange(len(labels)), train_size=size, stratify=labels.numpy(), random_state=random_state
+        )
+    except ValueError as error:
+        raise ValueError(f"cannot divide {len(labels)} images by class after {size}: {error}") from None
+    return torch.from_numpy(np.sort(chosen)), torch.from_numpy(np.sort(rest))
+
+
+def restrict(
+    data: ImageData, train_size: int | None, validation: bool, seed: int, random_order: bool = False
+) -> ImageData:
+    """`data` in validation mode, and of what is then left for training a stratified part of `train_size`
+    images, drawn by `seed`; None keeps it all.
+
+    Validation mode puts a tenth of the training set, rounded down, in the place of the test set: the last
+    tenth of data that are stored in random order, else a stratified one drawn by `seed`.
+
+    Raises ValueError for a `train_size` that leaves fewer images than classes on one side.
+    """
+    if validation:
+        n = len(data.train_labels) - len(data.train_labels) // 10
+        if random_order:
+            kept, held = torch.arange(len(data.train_labels)).tensor_split([n])
+        else:
+            kept, held = stratified(data.train_labels, n, seed, VALIDATION_SPLIT)
+        held_images, held_labels = data.train_images[held], data.train_labels[held]
+        data = replace(_train_on(data, kept), test_images=held_images, test_labels=held_labels)
+
+    n, k = len(data.train_labels), len(data.classes)
+    if train_size is None or train_size == n:
+        return data
+    if not k <= train_size <= n - k:
+        raise ValueError(
+            f"train_size must be {n} (all training images) or from {k} to {n - k} (of {k} classes), "
+            f"got {train_size}"
+        )
+    return _train_on(data, stratified(data.train_labels, train_size, seed, TRAIN_SIZE_SPLIT)[0])
+
+
+def _train_on(data: ImageData, indices: torch.Tensor) -> ImageData:
+    return replace(data, train_images=data.train_images[indices], train_labels=data.train_labels[indices])
+
+
+def noisy_labels(labels: torch.Tensor, classes: int, fraction: float, seed: int) -> torch.Tensor:
+    """`labels` with exactly round(fraction·n) of them, chosen at random, each replaced by a uniformly random
+    class. That may be the true one: a share 1/classes of the replaced labels stays right on average.
+
+    Raises ValueError unless 0 ≤ fraction ≤ 1.
+    """
+    if not 0 <= fraction <= 1:
+        raise ValueError(f"label_noise must be between 0 and 1, got {fraction}")
+    n = len(labels)
+    generator = draws.generator(seed, "label_noise")
+    replaced = torch.randperm(n, generator=generator)[: round(fraction * n)]
+    # n draws whatever the fraction: for one seed, the noisy labels of a smaller fraction keep their values.
+    random_labels = torch.randint(classes, (n,), generator=generator)
+    noisy = labels.clone()
+    noisy[replaced] = random_labels[replaced]
+    return noisy

@@ -1,0 +1,122 @@
+"""Order follows from (seed, epoch), augmentation from (seed, step), and a run may start anywhere."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from rst import data, draws
+from rst.data import Augment, ImageData
+
+# As a module attribute: pytest would take an imported function named test_... for a test.
+AUGMENT = Augment(flip=True, crop_padding=1, cutout=2)
+PLAIN = Augment()
+
+
+def numbered(n_train: int = 23, n_test: int = 11) -> ImageData:
+    """Images of random pixels; a label is the image's index."""
+    generator = torch.Generator().manual_seed(0)
+
+    def pixels(n: int) -> torch.Tensor:
+        return torch.randint(0, 256, (n, 3, 6, 6), dtype=torch.uint8, generator=generator)
+
+    return ImageData(
+        train_images=pixels(n_train),
+        train_labels=torch.arange(n_train),
+        test_images=pixels(n_test),
+        test_labels=torch.arange(n_test),
+        classes=("a",),
+        mean=(0.5, 0.4, 0.3),
+        std=(0.2, 0.3, 0.25),
+    )
+
+
+def same(some: list[Any], others: list[Any]) -> bool:
+    return len(some) == len(others) and all(
+        torch.equal(x, x2) and torch.equal(y, y2) for (x, y), (x2, y2) in zip(some, others, strict=True)
+    )
+
+
+def test_an_epoch_has_each_image_once_and_no_partial_batch() -> None:
+    source = numbered()
+    batches = list(data.train_batches(source, 5, PLAIN, seed=0, epoch=0))
+    assert [len(y) for _, y in batches] == [5] * 4 == [5] * data.steps_per_epoch(source, 5)
+    labels = torch.cat([y for _, y in batches])
+    assert len(labels.unique()) == 20
+    for x, y in batches:
+        assert x.dtype == torch.float32
+        assert y.dtype == torch.int64
+        assert torch.equal(x, data.normalize(source.train_images[y], source.mean, source.std))
+
+
+def test_order_is_a_function_of_seed_and_epoch() -> None:
+    def order(seed: int, epoch: int, augment: Augment = PLAIN) -> list[int]:
+        return torch.cat([y for _, y in data.train_batches(numbered(), 5, augment, seed, epoch)]).tolist()
+
+    assert order(0, 3) == order(0, 3)
+    assert order(0, 3) == order(0, 3, AUGMENT)
+    assert order(0, 3) != order(0, 4)
+    assert order(0, 3) != order(1, 3)
+    # Over the epochs no image is always among the three left out.
+    assert len({label for epoch in range(10) for label in order(0, epoch)}) == 23
+
+
+def test_equal_seed_and_step_give_equal_batches_whatever_was_drawn_before() -> None:
+    first = list(data.train_batches(numbered(), 5, AUGMENT, seed=2, epoch=1))
+    torch.manual_seed(99)
+    torch.rand(10)
+    assert same(first, list(data.train_batches(numbered(), 5, AUGMENT, seed=2, epoch=1)))
+    assert not same(first, list(data.train_batches(numbered(), 5, AUGMENT, seed=3, epoch=1)))
+
+
+def test_the_global_generator_is_left_alone() -> None:
+    before = torch.get_rng_state()
+    list(data.train_batches(numbered(), 5, AUGMENT, seed=0, epoch=0))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("start", range(5))
+def test_start_equals_skipping(start: int) -> None:
+    whole = list(data.train_batches(numbered(), 5, AUGMENT, seed=2, epoch=1))
+    assert same(whole[start:], list(data.train_batches(numbered(), 5, AUGMENT, seed=2, epoch=1, start=start)))
+
+
+def test_batches_before_start_are_not_computed_and_steps_count_over_epochs() -> None:
+    seeds = []
+
+    def probe(images: torch.Tensor, mean: Any, std: Any, generator: torch.Generator) -> torch.Tensor:
+        seeds.append(generator.initial_seed() % 2**64)
+        return images
+
+    list(data.train_batches(numbered(), 5, probe, seed=7, epoch=0))  # type: ignore[arg-type]
+    list(data.train_batches(numbered(), 5, probe, seed=7, epoch=2, start=2))  # type: ignore[arg-type]
+    assert seeds == [draws.draw(7, "augment", step) for step in (0, 1, 2, 3, 10, 11)]
+
+
+def test_the_same_image_is_augmented_anew_in_each_epoch() -> None:
+    one = ImageData(**{**vars(numbered(1)), "train_labels": torch.zeros(1, dtype=torch.int64)})
+    views = [x for epoch in range(8) for x, _ in data.train_batches(one, 1, AUGMENT, seed=0, epoch=epoch)]
+    assert len({x.numpy().tobytes() for x in views}) > 4
+
+
+def test_test_batches_are_all_images_in_order() -> None:
+    source = numbered()
+    batches = list(data.test_batches(source, 4))
+    assert [len(y) for _, y in batches] == [4, 4, 3]
+    assert torch.equal(torch.cat([y for _, y in batches]), source.test_labels)
+    expected = data.normalize(source.test_images, source.mean, source.std)
+    assert torch.equal(torch.cat([x for x, _ in batches]), expected)
+    assert len(list(data.test_batches(source, 100))) == 1
+
+
+@pytest.mark.parametrize("batch_size", [24, 0, -3])
+def test_batch_size_out_of_range(batch_size: int) -> None:
+    message = f"batch_size must be between 1 and the 23 training images, got {batch_size}"
+    with pytest.raises(ValueError, match=message):
+        data.steps_per_epoch(numbered(), batch_size)
+    with pytest.raises(ValueError, match=message):
+        next(data.train_batches(numbered(), batch_size, PLAIN, seed=0, epoch=0))
+
+
+def test_batch_size_of_the_whole_training_set() -> None:
+    assert data.steps_per_epoch(numbered(), 23) == 1

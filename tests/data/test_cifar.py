@@ -1,0 +1,229 @@
+"""The CIFARs, from miniature archives in the official layout whose checksums torchvision is told."""
+
+import functools
+import hashlib
+import pickle
+import socket
+import tarfile
+import threading
+from collections.abc import Iterator
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torchvision import datasets
+
+from rst import data
+from rst.data import cifar
+
+PER_FILE = 20
+
+
+def write_pickle(path: Path, content: dict[str, object]) -> str:
+    """Returns the file's MD5."""
+    path.write_bytes(pickle.dumps(content))
+    return hashlib.md5(path.read_bytes()).hexdigest()
+
+
+@pytest.fixture
+def cifar10_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Pixel (0, 0) of channel 0 is an image's index in its split; labels are the index modulo 10."""
+    root = tmp_path / "official"
+    folder = root / datasets.CIFAR10.base_folder
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+
+    def write(name: str, first: int) -> list[str]:
+        pixels = rng.integers(0, 256, (PER_FILE, 3072), dtype=np.uint8)
+        index = np.arange(first, first + PER_FILE)
+        pixels[:, 0] = index
+        content = {"data": pixels, "labels": (index % 10).tolist(), "filenames": [""] * PER_FILE}
+        return [name, write_pickle(folder / name, content)]
+
+    train = [write(f"data_batch_{i + 1}", PER_FILE * i) for i in range(5)]
+    test = [write("test_batch", 0)]
+    names = [f"class{i}" for i in range(10)]
+    md5 = write_pickle(folder / "batches.meta", {"label_names": names})
+    monkeypatch.setattr(datasets.CIFAR10, "train_list", train)
+    monkeypatch.setattr(datasets.CIFAR10, "test_list", test)
+    monkeypatch.setattr(datasets.CIFAR10, "meta", {**datasets.CIFAR10.meta, "md5": md5})
+    return root
+
+
+@pytest.fixture
+def cifar100_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    root = tmp_path / "official"
+    folder = root / datasets.CIFAR100.base_folder
+    folder.mkdir(parents=True)
+    lists = {}
+    for name, n in (("train", 200), ("test", 100)):
+        pixels = np.zeros((n, 3072), dtype=np.uint8)
+        fine = [i % 100 for i in range(n)]
+        content = {"data": pixels, "fine_labels": fine, "coarse_labels": [i // 5 for i in fine]}
+        lists[name] = [[name, write_pickle(folder / name, content)]]
+    md5 = write_pickle(folder / "meta", {"fine_label_names": [f"fine{i}" for i in range(100)]})
+    monkeypatch.setattr(datasets.CIFAR100, "train_list", lists["train"])
+    monkeypatch.setattr(datasets.CIFAR100, "test_list", lists["test"])
+    monkeypatch.setattr(datasets.CIFAR100, "meta", {**datasets.CIFAR100.meta, "md5": md5})
+    return root
+
+
+class QuietHandler(SimpleHTTPRequestHandler):
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The address at which tmp_path is served."""
+    monkeypatch.setenv("no_proxy", "*")
+    handler = functools.partial(QuietHandler, directory=str(tmp_path))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as httpd:
+        threading.Thread(target=httpd.serve_forever, args=(0.02,)).start()
+        yield f"http://127.0.0.1:{httpd.server_port}"
+        httpd.shutdown()
+
+
+def serve_archive(root: Path, server: str, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Packs the miniature as the archive that a download fetches."""
+    archive = root.parent / datasets.CIFAR10.filename
+    with tarfile.open(archive, "w:gz") as tar:
+        tar.add(root / datasets.CIFAR10.base_folder, datasets.CIFAR10.base_folder)
+    monkeypatch.setattr(datasets.CIFAR10, "url", f"{server}/{archive.name}")
+    monkeypatch.setattr(datasets.CIFAR10, "tgz_md5", hashlib.md5(archive.read_bytes()).hexdigest())
+    return archive
+
+
+def contents(folder: Path) -> list[Path]:
+    return sorted(folder.rglob("*"))
+
+
+def test_cifar10_reads_the_official_layout(cifar10_root: Path) -> None:
+    loaded = data.cifar10(str(cifar10_root), download=False)
+    assert loaded.train_images.shape == (100, 3, 32, 32)
+    assert loaded.test_images.shape == (20, 3, 32, 32)
+    assert loaded.train_images.dtype == torch.uint8
+    assert loaded.train_images.is_contiguous()
+    assert loaded.train_labels.dtype == torch.int64
+    assert loaded.train_images[:, 0, 0, 0].tolist() == list(range(100))
+    assert loaded.train_labels.tolist() == [i % 10 for i in range(100)]
+    assert loaded.classes == tuple(f"class{i}" for i in range(10))
+    # A row of the file is the channels one after the other, each row by row.
+    for file, images in (("test_batch", loaded.test_images), ("data_batch_5", loaded.train_images[80:])):
+        raw = pickle.loads((cifar10_root / datasets.CIFAR10.base_folder / file).read_bytes())["data"]
+        assert np.array_equal(images.numpy(), raw.reshape(-1, 3, 32, 32))
+
+
+def test_cifar10_statistics_are_the_published_ones(cifar10_root: Path) -> None:
+    loaded = data.cifar10(str(cifar10_root))
+    assert loaded.mean == (0.49139968, 0.48215841, 0.44653091)
+    assert loaded.std == (0.24703223, 0.24348513, 0.26158784)
+
+
+def test_cifar10_validation_is_the_last_tenth(cifar10_root: Path) -> None:
+    loaded = data.cifar10(str(cifar10_root), validation=True, seed=4)
+    assert loaded.train_images[:, 0, 0, 0].tolist() == list(range(90))
+    assert loaded.test_images[:, 0, 0, 0].tolist() == list(range(90, 100))
+    assert loaded.test_labels.tolist() == list(range(10))
+
+
+def test_cifar10_train_size_is_stratified(cifar10_root: Path) -> None:
+    loaded = data.cifar10(str(cifar10_root), train_size=30, validation=True)
+    assert loaded.train_labels.bincount().tolist() == [3] * 10
+    assert max(loaded.train_images[:, 0, 0, 0].tolist()) < 90
+    with pytest.raises(ValueError, match=r"train_size must be 100 .* from 10 to 90 .* got 95"):
+        data.cifar10(str(cifar10_root), train_size=95)
+
+
+def test_cifar100_takes_the_fine_labels(cifar100_root: Path) -> None:
+    loaded = data.cifar100(str(cifar100_root))
+    assert loaded.train_images.shape == (200, 3, 32, 32)
+    assert loaded.train_labels.bincount().tolist() == [2] * 100
+    assert loaded.classes[99] == "fine99"
+    assert loaded.mean == (0.50707516, 0.48654887, 0.44091784)
+    assert loaded.std == (0.26733429, 0.25643846, 0.27615047)
+
+
+def test_absent_and_not_to_be_downloaded(tmp_path: Path) -> None:
+    root = tmp_path / "deep" / "data"
+    with pytest.raises(FileNotFoundError) as raised:
+        data.cifar10(str(root), download=False)
+    message = str(raised.value)
+    assert "\n" not in message
+    for part in (
+        f"no CIFAR10 in {root}",
+        "download=false",
+        "cifar-10-batches-py/",
+        "dataset.root=DIR",
+        "dataset=image_folder dataset.root=DIR (DIR/train/<class>/*, DIR/test/<class>/*)",
+    ):
+        assert part in message
+    assert contents(tmp_path) == []
+
+
+def test_failed_download_leaves_nothing(tmp_path: Path, server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.CIFAR100, "url", f"{server}/absent.tar.gz")
+    with pytest.raises(
+        FileNotFoundError, match=r"no CIFAR100 in .*download failed: HTTP Error 404.*cifar-100-python/ there"
+    ):
+        data.cifar100(str(tmp_path / "deep" / "data"))
+    assert contents(tmp_path) == []
+
+
+def test_a_silent_server_does_not_hang(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cifar, "TIMEOUT", 0.2)
+    monkeypatch.setenv("no_proxy", "*")
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        monkeypatch.setattr(datasets.CIFAR10, "url", f"http://127.0.0.1:{silent.getsockname()[1]}/a.tar.gz")
+        with pytest.raises(FileNotFoundError, match="download failed: timed out"):
+            data.cifar10(str(tmp_path / "data"))
+    assert socket.getdefaulttimeout() is None
+    assert contents(tmp_path) == []
+
+
+def test_download_is_verified_moved_into_place_and_silent(
+    cifar10_root: Path,
+    tmp_path: Path,
+    server: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    serve_archive(cifar10_root, server, monkeypatch)
+    root = tmp_path / "deep" / "data"
+    loaded = data.cifar10(str(root))
+    assert torch.equal(loaded.train_images, data.cifar10(str(cifar10_root)).train_images)
+    assert [path.name for path in root.iterdir()] == [datasets.CIFAR10.base_folder]
+    assert {path.name for path in tmp_path.iterdir()} == {"deep", "official", datasets.CIFAR10.filename}
+    assert capfd.readouterr() == ("", "")
+
+
+def test_archive_put_into_root_by_hand_is_unpacked(
+    cifar10_root: Path, tmp_path: Path, server: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tmp_path / "data"
+    root.mkdir()
+    serve_archive(cifar10_root, server, monkeypatch).rename(root / datasets.CIFAR10.filename)
+    assert len(data.cifar10(str(root)).train_labels) == 100
+
+
+def test_download_with_other_checksum_is_refused(
+    cifar10_root: Path, tmp_path: Path, server: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    serve_archive(cifar10_root, server, monkeypatch)
+    monkeypatch.setattr(datasets.CIFAR10, "tgz_md5", "0" * 32)
+    with pytest.raises(FileNotFoundError, match="download failed: File not found or corrupted"):
+        data.cifar10(str(tmp_path / "data"))
+    assert not (tmp_path / "data").exists()
+
+
+@pytest.mark.parametrize("damaged", ["data_batch_3", "batches.meta"])
+def test_damaged_file_is_named_and_kept(cifar10_root: Path, damaged: str) -> None:
+    folder = cifar10_root / datasets.CIFAR10.base_folder
+    (folder / damaged).write_bytes(b"cut")
+    with pytest.raises(ValueError, match="cifar-10-batches-py is incomplete or damaged"):
+        data.cifar10(str(cifar10_root))
+    assert (folder / damaged).read_bytes() == b"cut"

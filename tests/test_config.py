@@ -1,0 +1,149 @@
+"""Every option composes and builds; presets hold only keys that exist, and win."""
+
+import re
+
+import pytest
+import torch
+from conftest import ROOT
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+
+import rst
+from rst.data import ImageData
+from rst.engine import Training
+
+CONF = ROOT / "conf"
+GROUPS = ("dataset", "model", "augment", "method", "schedule", "optimizer", "lr_schedule", "tracker", "protocol")
+OPTIONS = [(group, path.stem) for group in GROUPS for path in sorted((CONF / group).glob("*.yaml"))]
+PRESETS = sorted(p for p in CONF.rglob("*.yaml") if p.read_text().startswith("# @package _global_"))
+
+
+def composed(*overrides):
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose("train", [*overrides, "++model.name=resnet8"] if "model=timm" in overrides else overrides)
+
+
+def leaves(node, path=""):
+    for key, value in node.items():
+        where = f"{path}.{key}" if path else key
+        if isinstance(value, dict) and value:
+            yield from leaves(value, where)
+        else:
+            yield where
+
+
+def unknown_keys(preset):
+    """Keys of a preset that the configuration it applies to does not have."""
+    chosen, own = [], set()
+    for default in preset.get("defaults", []):
+        ((group, option),) = default.items()
+        chosen.append(f"{group.removeprefix('override ').removeprefix('/')}={option}")
+    base = OmegaConf.to_container(composed(*chosen))
+    # A method or an optimizer *is* its node, and brings what belongs to it.
+    own = {key for key in ("method", "optimizer", "l2") if key in preset}
+    values = {k: v for k, v in preset.items() if k not in {"defaults", "hydra"} | own}
+    return sorted(set(leaves(values)) - set(leaves(base)))
+
+
+@pytest.mark.parametrize("path", PRESETS, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_presets_hold_only_keys_that_exist(path):
+    preset = OmegaConf.to_container(OmegaConf.load(path))
+    assert unknown_keys(preset) == []
+    assert set(preset.get("hydra", {"sweeper": 0})) == {"sweeper"}
+
+
+def test_a_misspelt_key_is_found():
+    assert unknown_keys({"defaults": [{"override /model": "resnet8"}], "model": {"widht": 8}, "epoch": 1}) == [
+        "epoch",
+        "model.widht",
+    ]
+
+
+def test_presets_win_over_the_defaults():
+    assert composed().epochs == 200
+    assert composed("protocol=quick").epochs == 30
+    assert composed("protocol=cpu").dataset.train_size == 5000
+    assert composed("protocol=quick", "epochs=3").epochs == 3
+
+
+def test_defaults_are_cifar10_and_rst():
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        choices = compose("train", return_hydra_config=True).hydra.runtime.choices
+    assert (choices.dataset, choices.method) == ("cifar10", "rst")
+    assert len((CONF / "train.yaml").read_text().splitlines()) <= 60
+
+
+@pytest.fixture(scope="module")
+def tiny_data():
+    images = torch.randint(0, 256, (8, 3, 32, 32), dtype=torch.uint8)
+    labels = torch.arange(8) % 2
+    return ImageData(images, labels, images, labels, ("a", "b"), (0.5,) * 3, (0.25,) * 3)
+
+
+@pytest.mark.parametrize(("group", "option"), OPTIONS, ids=lambda value: value)
+def test_every_option_builds(group, option, tiny_data, tmp_path):
+    """Calls each node as train.py does: a wrong keyword in a `_partial_` only raises then."""
+    config = OmegaConf.to_container(composed(f"{group}={option}"), resolve=True)
+
+    def build(name):
+        return instantiate(config[name], _convert_="all")
+
+    if group in ("dataset", "tracker", "model") or (group == "protocol" and option == "cpu"):
+        # Data that may be absent, and models of a size that has tests of its own: the keywords are bound.
+        import inspect
+
+        node = config[group] if group != "protocol" else config["dataset"]
+        target = instantiate({**node, "_partial_": True})
+        late = {
+            "dataset": {},
+            "protocol": {},
+            "model": {"num_classes": 2, "in_chans": 3, "image_size": 32},
+            "tracker": {"run_name": "r", "group": "g", "tags": [], "folder": tmp_path, "config": {}},
+        }[group]
+        inspect.signature(target.func).bind(**target.keywords, **late)
+        return
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 32 * 32, 2))
+    optimizer = build("method")(
+        build("optimizer")(model.parameters()), build("schedule"), 4, module=model, seed=0
+    )
+    assert isinstance(optimizer, rst.RST)
+    augment = build("augment")
+    training = Training(
+        model, optimizer, build("lr_schedule"), tiny_data, augment, epochs=1, batch_size=2, seed=0
+    )
+    (metrics,) = training.run()
+    assert metrics["steps"] == 4
+
+
+@pytest.mark.parametrize(
+    ("override", "schedule"),
+    [
+        ("schedule=constant", rst.Constant(0.25)),
+        ("schedule=piecewise", rst.Piecewise(0.0, 1.0, 0.75)),
+        ("schedule=linear", rst.Linear(0.0, 0.5)),
+        ("schedule=trigonometric", rst.Cosine(0.0, 0.5)),
+        ("schedule=piecewise1", rst.Piecewise(0.0, 1.0, 0.25)),
+        ("schedule=piecewise2", rst.Piecewise(1.0, 0.0, 0.25)),
+        ("schedule=piecewise3", rst.Piecewise(0.25, 0.75, 0.5)),
+        ("schedule=linear1", rst.Linear(0.0, 0.5)),
+        ("schedule=linear2", rst.Linear(0.25, 0.75)),
+    ],
+)
+def test_schedules_take_p(override, schedule):
+    assert instantiate(composed(override, "schedule.p=0.25").schedule) == schedule
+
+
+def test_families_take_a_direction():
+    falling = ["schedule.p=0.75", "schedule.rising=false"]
+    assert instantiate(composed("schedule=linear", *falling).schedule) == rst.Linear(1.0, 0.5)
+    assert instantiate(composed("schedule=piecewise", *falling).schedule) == rst.Piecewise(1.0, 0.0, 0.75)
+    assert instantiate(composed("schedule=trigonometric", *falling).schedule) == rst.Cosine(1.0, 0.5)
+    assert instantiate(composed("schedule=constant", *falling).schedule) == rst.Constant(0.75)
+
+
+def test_every_preset_says_where_its_numbers_come_from():
+    for path in CONF.glob("protocol/*.yaml"):
+        header = path.read_text().split("defaults:")[0]
+        assert re.search("Command:", header), path
+        assert re.search("choice|authors|paper", header), path

@@ -1,0 +1,211 @@
+"""train.py as a user runs it: methods, sweeps, resuming, trackers, bad input."""
+
+import json
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import train_command
+
+from rst import expected_propagations, propagations_std
+from rst.schedule import Linear
+
+SHORT = ["protocol=quick", "epochs=2", "model.width=4"]
+
+
+def only(paths):
+    (path,) = paths
+    return path
+
+
+def results(outputs):
+    found = [json.loads(path.read_text()) for path in outputs.glob("*/result.json")]
+    return {(r["choices"]["method"], r["choices"]["schedule"], r["seed"]): r for r in found}
+
+
+def without_times(folder):
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if not k.startswith("seconds")} for row in rows]
+
+
+def test_each_method(tmp_path):
+    done = train_command("-m", *SHORT, "method=sgd,sam,asam,gnp,rst,grst", "seed=0", f"outputs={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    found = {method: result for (method, _, _), result in results(tmp_path).items()}
+    eta = {method: result["propagations"] / result["steps"] for method, result in found.items()}
+    assert {m: eta[m] for m in ("sgd", "sam", "asam", "gnp")} == {"sgd": 1, "sam": 2, "asam": 2, "gnp": 2}
+    for method in ("rst", "grst"):
+        result = found[method]
+        assert result["sam_steps"] == result["propagations"] - result["steps"]
+        assert result["expected_propagations"] == expected_propagations(Linear(0, 1), result["steps"])
+        assert result["propagations_std"] == propagations_std(Linear(0, 1), result["steps"])
+        deviation = abs(result["propagations"] - result["expected_propagations"])
+        assert deviation <= 4 * result["propagations_std"]
+    # Same seed, same coin: the two differ in their gradients only.
+    assert found["rst"]["sam_steps"] == found["grst"]["sam_steps"]
+    assert len({result["test_loss"] for result in found.values()}) == 6
+    for result in found.values():
+        assert result["epochs"] == 2 and result["steps"] == 40
+        assert 0 < result["test_accuracy"] <= result["best_test_accuracy"] <= 1
+        assert math.isfinite(result["test_loss"]) and result["images_per_second"] > 0
+        assert set(result["seconds"]) == {"train", "evaluate", "data", "total"}
+        assert result["peak_memory_bytes"] > 1e7 and result["threads"] == 1
+        assert result["versions"]["torch"] == torch.__version__
+        assert result["host"] and result["command"].startswith("python train.py ")
+
+
+def test_a_job_in_a_sweep_equals_the_same_job_alone(tmp_path):
+    sweep, alone = tmp_path / "sweep", tmp_path / "alone"
+    grid = ["schedule=constant,piecewise", "seed=0,1"]
+    done = train_command("-m", *SHORT, *grid, f"outputs={sweep}")
+    assert done.returncode == 0, done.stderr
+    assert len(results(sweep)) == 4
+    # The last of the sweep, so that three jobs went before it in its process.
+    done = train_command(*SHORT, "schedule=piecewise", "seed=1", f"outputs={alone}")
+    assert done.returncode == 0, done.stderr
+    single = only(alone.glob("*/result.json")).parent
+    same = sweep / single.name
+    assert without_times(same) == without_times(single)
+    states = [torch.load(folder / "checkpoint.pt", weights_only=True) for folder in (same, single)]
+    for key, value in states[0]["model"].items():
+        assert torch.equal(value, states[1]["model"][key]), key
+
+
+def test_a_completed_run_returns_at_once_and_an_interrupted_one_resumes(run_train, tmp_path, monkeypatch, caplog):
+    arguments = [*SHORT, "epochs=3", "method=grst", f"outputs={tmp_path / 'whole'}"]
+    run_train(*arguments)
+    whole = only((tmp_path / "whole").glob("digits*"))
+    written = (whole / "result.json").stat().st_mtime_ns
+    run_train(*arguments)
+    assert (whole / "result.json").stat().st_mtime_ns == written
+
+    from rst.record import Run
+
+    append = Run.append
+
+    def interrupt(self, metrics):
+        append(self, metrics)
+        if metrics["epoch"] == 2:
+            raise KeyboardInterrupt  # after the line of epoch 2, before its checkpoint
+
+    broken = [*SHORT, "epochs=3", "method=grst", f"outputs={tmp_path / 'broken'}"]
+    with monkeypatch.context() as context:
+        context.setattr(Run, "append", interrupt)
+        with pytest.raises(SystemExit) as stopped:
+            run_train(*broken)
+    assert stopped.value.code == 130
+    folder = only((tmp_path / "broken").glob("digits*"))
+    assert len(without_times(folder)) == 2 and not (folder / "result.json").exists()
+    run_train(*broken)
+    assert without_times(folder) == without_times(whole)
+    states = [torch.load(path / "checkpoint.pt", weights_only=True) for path in (folder, whole)]
+    for key, value in states[0]["model"].items():
+        assert torch.equal(value, states[1]["model"][key]), key
+
+
+def test_wandb_offline_holds_accuracy_and_propagations(tmp_path):
+    environment = {"WANDB_MODE": "offline", "HOME": str(tmp_path)}  # and no key from the user's netrc
+    done = train_command(*SHORT, "tracker=wandb", "method=sam", f"outputs={tmp_path}", env=environment)
+    assert done.returncode == 0, done.stderr
+    folder = only(tmp_path.glob("digits*"))
+    offline = only((folder / "wandb").glob("offline-run-*"))
+    read = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(offline)]
+    printed = subprocess.run(read, capture_output=True, text=True, check=True).stdout
+    records = [json.loads(line) for line in printed.splitlines()]
+    history = [record["history"]["item"] for record in records if record["type"] == "history"]
+    logged = [(row["epoch"], row["test_accuracy"], row["propagations"]) for row in history]
+    expected = [(r["epoch"], r["test_accuracy"], r["propagations"]) for r in without_times(folder)]
+    assert logged == expected and len(expected) == 2
+
+
+def test_precision_and_augmentation(run_train, tmp_path):
+    for precision in ("bf16", "fp16"):
+        run_train(
+            *SHORT, "epochs=1", f"precision={precision}", "augment=cutout", "augment.cutout=4",
+            "augment.crop_padding=2", "optimizer=adamw", "optimizer.lr=1e-3", f"outputs={tmp_path / precision}",
+        )  # fmt: skip
+        (result,) = results(tmp_path / precision).values()
+        assert math.isfinite(result["test_loss"])
+
+
+def test_a_diverging_run_stops_and_keeps_the_last_good_checkpoint(run_train, tmp_path):
+    arguments = [*SHORT, "method=sgd", "clip_norm=null", f"outputs={tmp_path}"]
+    with pytest.raises(SystemExit, match=r"not finite at step \d+ \(epoch 1\)"):
+        run_train(*arguments, "optimizer.lr=1e30")
+    folder = only(tmp_path.glob("digits*"))
+    assert not (folder / "result.json").exists() and not (folder / "checkpoint.pt").exists()
+
+
+BAD = {
+    "schedule.p=1.5": "the schedule's p must be a number in [0, 1], got 1.5",
+    "method.rho=-1": "rho must be a finite number of at least 0, got -1",
+    "method=grst method.gamma=0": "gamma must be a finite number above 0, or 'matched', got 0",
+    "method=grst schedule.p=0": "gamma='matched' is 1 / mean p, and this schedule has mean p = 0",
+    "schedule=slow": "unknown schedule 'slow': choose from constant, linear, linear1, linear2, periodic",
+    "model=vgg99": "unknown model 'vgg99': choose from resnet18, resnet20, resnet8, timm, wrn28_10",
+    "dataset=mnist": "unknown dataset 'mnist': choose from cifar10, cifar100, digits, image_folder",
+    "model=timm model.name=resnt18": "unknown model 'resnt18'; closest are resnet18",
+    "model=timm": "model.name must be given: add model.name=VALUE",
+    "schedule=piecewise1 schedule.p=2": "boundary must be a number in [0, 1], got 2",
+    "batch_size=5000": "batch_size must be between 1 and the 1297 training images, got 5000",
+    "method=sam schedule=linear": "method=sam takes a SAM step always, which contradicts schedule=linear",
+    "method=sgd schedule.p=0.5": "method=sgd takes a SAM step never, which contradicts schedule.p=0.5",
+    "seed=-1": "seed must be a whole number of at least 0, got -1",
+    "epochs=0": "epochs must be a whole number of at least 1, got 0",
+    "epoch=3": "Could not override 'epoch'",
+    "precision=fp8": "precision must be one of fp32, bf16, fp16, got 'fp8'",
+    "precision=fp16 method=grst method.mix=normalized": "does not commute with fp16's loss scaling",
+    "device=cuda:99": "device=cuda:99 cannot be used",
+    "dataset.label_noise=2": "label_noise must be between 0 and 1, got 2",
+    "clip_norm=0": "clip_norm must be above 0",
+    "+optimizer.beta=1": "unexpected keyword argument 'beta'",
+    "dataset=image_folder": "no folder",
+    "dataset=cifar10 dataset.root=nowhere": "dataset=image_folder dataset.root=DIR",
+}
+
+
+@pytest.mark.parametrize("arguments", BAD)
+def test_bad_input_is_one_line_and_leaves_nothing(arguments, run_train, tmp_path, monkeypatch):
+    outputs = tmp_path / "outputs"
+    with pytest.raises(SystemExit) as stopped:
+        protocol = [] if "dataset=" in arguments else ["protocol=quick"]
+        run_train(*protocol, *arguments.split(), f"outputs={outputs}")
+    message = stopped.value.code  # a string: Python prints it on stderr and exits with 1
+    assert message.startswith("error: ") and BAD[arguments] in message and "\n" not in message
+    assert not outputs.exists()
+
+
+def test_an_unwritable_outputs_folder(run_train, tmp_path):
+    (tmp_path / "file").write_text("")  # permissions would not stop a test that runs as root
+    with pytest.raises(SystemExit, match="cannot write to outputs=.*choose another folder"):
+        run_train(*SHORT, f"outputs={tmp_path / 'file' / 'outputs'}")
+
+
+def test_image_folder_messages_reach_the_user(run_train, tmp_path):
+    arguments = ["protocol=cpu", f"dataset.root={tmp_path}", f"outputs={tmp_path / 'outputs'}"]
+    with pytest.raises(SystemExit, match=r"^error: no folder .*train.*<class>"):
+        run_train(*arguments)
+    for split in ("train", "test"):
+        (tmp_path / split / "cat").mkdir(parents=True)
+        (tmp_path / split / "cat" / "1.png").write_bytes(b"not an image")
+    with pytest.raises(SystemExit, match=r"^error: cannot decode .*1\.png"):
+        run_train(*arguments)
+    (tmp_path / "test" / "cat").rename(tmp_path / "test" / "dog")
+    with pytest.raises(SystemExit, match=r"^error: .*(cat|dog)"):
+        run_train(*arguments)
+    assert not (tmp_path / "outputs").exists()
+
+
+def test_an_error_on_the_command_line_and_in_a_sweep(tmp_path):
+    done = train_command("protocol=quick", "schedule.p=1.5", f"outputs={tmp_path}")
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr == "error: the schedule's p must be a number in [0, 1], got 1.5\n"
+    # One bad job lets the other finish, and the sweep still fails.
+    done = train_command("-m", *SHORT, "schedule.p=1.5,0.5", "seed=0", f"outputs={tmp_path}")
+    assert done.returncode == 1 and "Traceback" not in done.stdout + done.stderr
+    assert "error in" in done.stdout and "schedule.p=1.5" in done.stdout
+    assert len(results(tmp_path)) == 1
+    done = train_command("protocol=quick", "schedule.p=1.5", env={"HYDRA_FULL_ERROR": "1"})
+    assert done.returncode == 1
