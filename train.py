@@ -52,7 +52,9 @@ def main(cfg: DictConfig) -> None:
 
 def describe(cfg: DictConfig) -> Run:
     """The run that a composed configuration, Hydra's own part included, stands for."""
-    choices = {str(k): str(v) for k, v in cfg.hydra.runtime.choices.items() if not str(k).startswith("hydra/")}
+    choices = {
+        str(k): str(v) for k, v in cfg.hydra.runtime.choices.items() if not str(k).startswith("hydra/")
+    }
     command = shlex.join(["python", "train.py", *cfg.hydra.overrides.task])
     nodes = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
     config: Any = OmegaConf.to_container(nodes, resolve=True, throw_on_missing=True)

@@ -1,14 +1,17 @@
 """The update rule: SGD, SAM, ASAM, GNP, RST and G-RST as one way of obtaining a step's gradient."""
 
 import math
+import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
+from numbers import Integral, Real
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
+from rst.passes import frozen_batchnorm, random_state, refuse_zeroing, set_random_state
 from rst.schedule import Schedule, expected_propagations, uniform
 
 
@@ -83,7 +86,7 @@ class RST(torch.optim.Optimizer):
         module: nn.Module | None = None,
         seed: int = 0,
     ) -> None:
-        if not isinstance(total_steps, int) or total_steps < 1:
+        if not isinstance(total_steps, int | Integral) or total_steps < 1:
             raise ValueError(f"total_steps must be a whole number of at least 1, got {total_steps!r}")
         if mix not in ("gradient", "normalized"):
             raise ValueError(f"mix must be 'gradient' or 'normalized', got {mix!r}")
@@ -102,10 +105,8 @@ class RST(torch.optim.Optimizer):
         self.seed = seed
         self.steps = self.sam_steps = self.propagations = 0
         self._has_gradient = False
-        self._closure_checked = False
         self._spares: dict[Tensor, Tensor] = {}
-        base.register_load_state_dict_post_hook(self._share)
-        self._share(base)
+        self._follow_base()
 
     def gradient(self, closure: Callable[[], Any]) -> Any:
         """Leave this step's gradient in `.grad`, in one or two propagations.
@@ -118,14 +119,17 @@ class RST(torch.optim.Optimizer):
             What the closure returned in the clean pass: the loss at θ, not at θ + ε.
 
         Raises:
-            ValueError: past `total_steps`.
-            RuntimeError: if the closure zeroes gradients, or leaves none.
+            ValueError: past `total_steps`, or where the schedule gives no probability.
+            RuntimeError: if the closure zeroes gradients or leaves none.
         """
         if self.steps >= self.total_steps:
             raise ValueError(
                 f"step {self.steps + 1} is past the end of the run: total_steps={self.total_steps}"
             )
-        is_sam = uniform(self.seed, self.steps) < self.schedule(self.steps, self.total_steps)
+        p = self.schedule(self.steps, self.total_steps)
+        if not -1e-9 <= p <= 1 + 1e-9:
+            raise ValueError(f"the schedule gave p = {p} at step {self.steps}, which is no probability")
+        is_sam = uniform(self.seed, self.steps) < p
         self._has_gradient = False
         self.zero_grad(set_to_none=True)
         with torch.enable_grad():
@@ -149,41 +153,51 @@ class RST(torch.optim.Optimizer):
         self.base.step()
         return loss
 
-    def _clean_pass(self, closure: Callable[[], Any]) -> Any:
-        if self._closure_checked:
-            loss = closure()
-        else:
-            # A plain step would forgive a closure that zeroes gradients; a SAM step, which may be hours
-            # away, would not. So the first step looks, at a zero gradient put there for it.
-            probe = min(self._parameters(), key=Tensor.numel)
+    def _pass(self, closure: Callable[[], Any]) -> Any:
+        """Call the closure, and see that it adds to the gradients rather than zeroing them.
+
+        Looked at in every pass: a plain step would forgive it, a SAM step, hours later perhaps, would not.
+        """
+        probe = min(self._parameters(), key=Tensor.numel, default=None)
+        if probe is None:
+            raise RuntimeError("no parameter of the optimizer requires a gradient")
+        was_none = probe.grad is None
+        if was_none:
             probe.grad = torch.zeros_like(probe)
-            with _refuse_zeroing(probe) as used:
-                loss = closure()
-            if not used:
-                probe.grad = None
-            self._closure_checked = True
-        if not any(p.grad is not None for p in self._parameters()):
+        with refuse_zeroing(probe) as reached:
+            result = closure()
+        if was_none and not reached:
+            probe.grad = None
+        return result
+
+    def _clean_pass(self, closure: Callable[[], Any]) -> Any:
+        loss = self._pass(closure)
+        if all(p.grad is None for p in self._parameters()):
             raise RuntimeError("the closure left no gradients: it must call backward() on the loss")
         return loss
 
     def _sam_gradient(self, closure: Callable[[], Any]) -> Any:
+        devices = {p.device for p in self._parameters()}
+        before = random_state(devices)
         local = hasattr(self.module, "no_sync") and not self.sync_perturbation
-        random_state = self._random_state()
         with self.module.no_sync() if local else nullcontext():  # type: ignore[union-attr, operator]
             loss = self._clean_pass(closure)
+        after = random_state(devices)
         perturbed = self._write_perturbed()
         self._keep_share_of_clean_gradient()
-        random_state_after = self._random_state()
-        self._set_random_state(random_state)
+        set_random_state(before)
         _swap(perturbed)
         try:
-            with frozen_batchnorm(self.module), _refuse_zeroing(next(iter(perturbed))):
-                closure()
+            with frozen_batchnorm(self.module):
+                self._pass(closure)
         finally:
             _swap(perturbed)
-            self._set_random_state(random_state_after)
+            set_random_state(after)
         if self.gamma != 1:
             torch._foreach_mul_([p.grad for p in self._parameters() if p.grad is not None], self.gamma)
+        for p in perturbed:
+            if p.grad is None:  # used in the clean pass only, so ∇L(θ + ε) is 0 there
+                p.grad = torch.zeros_like(p)
         return loss
 
     @torch.no_grad()
@@ -199,19 +213,20 @@ class RST(torch.optim.Optimizer):
         if self.adaptive:
             torch._foreach_mul_(spares, params)
         for group in self.param_groups:
+            rho = group.setdefault("rho", self.defaults["rho"])  # a group that the base was given alone
             group_spares = [self._spares[p] for p in group["params"] if p.grad is not None]
             if group_spares:
-                torch._foreach_mul_(group_spares, _divide(group["rho"], norm))
+                torch._foreach_mul_(group_spares, _divide(rho, norm))
         torch._foreach_add_(spares, params)
         return dict(zip(params, spares, strict=True))
 
     @torch.no_grad()
     def _keep_share_of_clean_gradient(self) -> None:
         """Scale ∇L(θ) so that γ·(what is kept + ∇L(θ + ε)) is the mix: it needs no second buffer."""
-        grads = [p.grad for p in self._parameters() if p.grad is not None]
         if self.gamma == 1:
-            torch._foreach_zero_(grads)  # not a multiplication by 0: an inf would become nan and stay
+            self.zero_grad(set_to_none=True)  # its memory is free for the perturbed pass
             return
+        grads = [p.grad for p in self._parameters() if p.grad is not None]
         share = (1 - self.gamma) / self.gamma
         normalized = self.mix == "normalized"
         torch._foreach_mul_(grads, _divide(share, get_total_norm(grads)) if normalized else share)
@@ -225,25 +240,21 @@ class RST(torch.optim.Optimizer):
             spare = self._spares[p] = torch.empty_like(p.data)
         return spare
 
-    def _random_state(self) -> dict[torch.device, Tensor]:
-        states = {torch.device("cpu"): torch.get_rng_state()}
-        for device in {p.device for p in self._parameters()} - states.keys():
-            states[device] = torch.get_device_module(device).get_rng_state(device)
-        return states
+    def _follow_base(self) -> None:
+        """Share the base's groups and state, also when `load_state_dict` gives it new ones."""
 
-    @staticmethod
-    def _set_random_state(states: dict[torch.device, Tensor]) -> None:
-        for device, state in states.items():
-            if device.type == "cpu":
-                torch.set_rng_state(state)
-            else:
-                torch.get_device_module(device).set_rng_state(state, device)
+        def share(base: torch.optim.Optimizer) -> None:
+            rst = reference()
+            if rst is None:
+                return
+            for old, new in zip(rst.param_groups, base.param_groups, strict=True):
+                new.setdefault("rho", old["rho"])  # not in a state that was saved without RST
+            rst.param_groups, rst.state = base.param_groups, base.state
 
-    def _share(self, base: torch.optim.Optimizer) -> None:
-        # `load_state_dict` gives the base new groups and a new state; run after it, this keeps them shared.
-        for old, new in zip(self.param_groups, base.param_groups, strict=True):
-            new.setdefault("rho", old["rho"])  # not in a state that was saved without RST
-        self.param_groups, self.state = base.param_groups, base.state
+        # Weak, as a cycle would keep the memory of a finished run until the garbage collector comes by.
+        reference = weakref.ref(self)
+        self.base.register_load_state_dict_post_hook(share)
+        share(self.base)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         if not hasattr(self, "base"):  # Optimizer.__init__ lists the base's own groups
@@ -252,6 +263,13 @@ class RST(torch.optim.Optimizer):
         param_group.setdefault("rho", self.defaults["rho"])
         _check_rho(param_group["rho"])
         self.base.add_param_group(param_group)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__.copy()  # Optimizer's own would leave the base behind in a copy
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._follow_base()
 
     def state_dict(self) -> dict[str, Any]:
         """The base optimizer's state and the counters, under "rst"."""
@@ -268,54 +286,6 @@ class RST(torch.optim.Optimizer):
         self._has_gradient = False
 
 
-@contextmanager
-def frozen_batchnorm(module: nn.Module | None) -> Iterator[None]:
-    """BatchNorm layers in training mode normalise by the batch and leave their running statistics alone.
-
-    May be nested. Setting the momentum to 0 instead would let one nan into the statistics for good.
-    """
-    layers = [
-        layer
-        for layer in (module.modules() if module is not None else ())
-        if isinstance(layer, nn.modules.batchnorm._BatchNorm) and layer.training and layer.track_running_stats
-    ]
-    for layer in layers:
-        layer.track_running_stats = False
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.track_running_stats = True
-
-
-@contextmanager
-def _refuse_zeroing(parameter: Tensor) -> Iterator[list[bool]]:
-    """Raise if the gradient that `parameter` has on entry is zeroed or dropped before backward adds to it.
-
-    Looks at the gradient's identity and version counter just before the first accumulation: no host
-    synchronisation, and in-place zeroing is seen too. (Not where the gradient is a view into
-    DistributedDataParallel's bucket, which shares one counter among its parameters.) Yields a list that is
-    empty while backward has not reached the parameter.
-    """
-    grad = parameter.grad
-    assert grad is not None
-    version = grad._version
-
-    def is_untouched() -> bool:
-        return parameter.grad is grad and (grad._is_view() or grad._version == version)
-
-    seen: list[bool] = []
-    handle = parameter.register_hook(lambda _: seen.append(is_untouched()))
-    try:
-        yield seen
-    finally:
-        handle.remove()
-    if not (seen[0] if seen else is_untouched()):
-        raise RuntimeError(
-            "the closure must not zero gradients: remove zero_grad() from it, RST.gradient does that itself"
-        )
-
-
 def _swap(perturbed: dict[Tensor, Tensor]) -> None:
     for parameter, spare in perturbed.items():
         kept = parameter.data
@@ -329,7 +299,7 @@ def _divide(numerator: float, norm: Tensor) -> Tensor:
 
 
 def _check_rho(rho: float) -> None:
-    if not isinstance(rho, int | float) or not 0 <= rho < math.inf:
+    if not isinstance(rho, float | Real) or not 0 <= rho < math.inf:
         raise ValueError(f"rho must be a finite number of at least 0, got {rho!r}")
 
 
@@ -339,6 +309,6 @@ def _resolve_gamma(gamma: float | str, schedule: Schedule, total_steps: int) -> 
         if mean <= 0:
             raise ValueError("gamma='matched' is 1 / mean p, and this schedule has mean p = 0")
         return 1 / mean
-    if isinstance(gamma, str) or not 0 < gamma < math.inf:
+    if not isinstance(gamma, float | Real) or not 0 < gamma < math.inf:
         raise ValueError(f"gamma must be a finite number above 0, or 'matched', got {gamma!r}")
     return float(gamma)

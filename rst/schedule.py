@@ -9,6 +9,7 @@ schedule too.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Self
 
 from rst.draws import draw
@@ -27,7 +28,7 @@ def uniform(seed: int, step: int) -> float:
 
 def _check_unit_interval(**values: float) -> None:
     for name, value in values.items():
-        if not isinstance(value, int | float) or not 0.0 <= value <= 1.0:
+        if not isinstance(value, float | Real) or not 0.0 <= value <= 1.0:
             raise ValueError(f"the schedule's {name} must be a number in [0, 1], got {value!r}")
 
 
@@ -159,7 +160,7 @@ class Periodic:
     every: int
 
     def __post_init__(self) -> None:
-        if not isinstance(self.every, int) or self.every < 1:
+        if not isinstance(self.every, int | Integral) or self.every < 1:
             raise ValueError(f"the schedule's every must be a whole number of steps ≥ 1, got {self.every!r}")
 
     def __call__(self, step: int, total_steps: int) -> float:

@@ -120,7 +120,12 @@ class Table:
 
 
 def build_table(
-    title: str, rows: Sequence[Row], runs: pd.DataFrame, reference: str = "SAM", baseline: str = "SGD"
+    title: str,
+    setting: str,
+    rows: Sequence[Row],
+    runs: pd.DataFrame,
+    reference: str = "SAM",
+    baseline: str = "SGD",
 ) -> Table:
     """The statistics of each row over those of its runs that `runs` has. Differences are to the rows labelled
     `reference` and `baseline`, times relative to `baseline`'s.
@@ -138,11 +143,6 @@ def build_table(
             raise ValueError(f"row {label!r} has two runs of one seed: {', '.join(group['name'])}")
     frame = pd.DataFrame([_line(row, found, reference, baseline) for row in rows])
     used = pd.concat([group.reset_index().assign(label=label) for label, group in found.items()])
-    data, model, augment, epochs = (
-        _distinct(used, column)
-        for column in ("choices.dataset", "choices.model", "choices.augment", "epochs")
-    )
-    setting = f"{data}, {model}, augmentation {augment}, {epochs} epochs" if len(used) else "not run"
     return Table(title, setting, frame, _provenance(used, frame), reference, baseline)
 
 

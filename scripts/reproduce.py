@@ -56,6 +56,20 @@ def cells_of(overrides: list[str]) -> list[Cell]:
     return [Cell(cell, compose_run(cell)[0]) for cell in each]
 
 
+def setting_of(run: Run, protocol: str) -> str:
+    """Data, model and augmentation, with the values that differ from their group's; epochs and batch size."""
+    groups = ("dataset", "model", "augment")
+    plain: Any = OmegaConf.to_container(
+        compose("train", [f"{group}={run.choices[group]}" for group in groups])
+    )
+    parts = [f"Protocol {protocol}"]
+    for group in groups:
+        node = run.config[group].items()
+        changed = [f"{k} {v}" for k, v in node if v != plain[group].get(k) and k not in ("root", "name")]
+        parts.append(f"{group} {run.choices[group]}" + (f" ({', '.join(changed)})" if changed else ""))
+    return ", ".join([*parts, f"{run.config['epochs']} epochs", f"batch size {run.config['batch_size']}"])
+
+
 def launch(batch: list[list[str]], launcher: str, jobs: int) -> Sequence[JobReturn]:
     """Give the jobs to a Hydra launcher, as `python train.py -m` does with those of a grid."""
     overrides = ["hydra.mode=MULTIRUN", f"hydra/launcher={launcher}", "hydra/hydra_logging=none"]
@@ -72,7 +86,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--protocol", default="quick", choices=options("protocol"))
     parser.add_argument("--table", default="overview", choices=options("table"))
-    parser.add_argument("--launcher", default="joblib", help="a Hydra launcher: joblib, basic, submitit_slurm …")
+    parser.add_argument(
+        "--launcher", default="joblib", help="a Hydra launcher: joblib, basic, submitit_slurm …"
+    )
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes at once, with joblib")
     parser.add_argument("--outputs", default="outputs", help="folder of the run folders")
     parser.add_argument("--results", default="results", help="folder of the tables")
@@ -91,6 +107,7 @@ def main() -> None:
             row["label"]: cells_of([*common, *row["overrides"], *place]) for row in specification["rows"]
         }
         all_cells = [cell for row in cells.values() for cell in row]
+        setting = setting_of(all_cells[0].run, arguments.protocol)
         missing = [cell.overrides for cell in all_cells if cell.run.result() is None]
         print(f"{len(all_cells)} runs, {len(missing)} of them to do", flush=True)
         if missing:
@@ -107,9 +124,8 @@ def main() -> None:
         )
         for row in specification["rows"]
     ]
-    table = build_table(
-        specification["title"], rows, runs, specification["reference"], specification["baseline"]
-    )
+    names = (specification["title"], setting)
+    table = build_table(*names, rows, runs, specification["reference"], specification["baseline"])
     folder = Path(arguments.results) / arguments.protocol
     folder.mkdir(parents=True, exist_ok=True)
     write_runs(runs, folder / "runs.csv")

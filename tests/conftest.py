@@ -11,6 +11,7 @@ from hydra.core.global_hydra import GlobalHydra
 
 ROOT = Path(__file__).parent.parent
 
+
 @pytest.fixture
 def run_train(monkeypatch):
     """`run_train("method=sam", ...)` is `python train.py method=sam ...` without a new process."""

@@ -14,14 +14,26 @@ from rst.data import ImageData
 from rst.engine import Training
 
 CONF = ROOT / "conf"
-GROUPS = ("dataset", "model", "augment", "method", "schedule", "optimizer", "lr_schedule", "tracker", "protocol")
+GROUPS = (
+    "dataset",
+    "model",
+    "augment",
+    "method",
+    "schedule",
+    "optimizer",
+    "lr_schedule",
+    "tracker",
+    "protocol",
+)
 OPTIONS = [(group, path.stem) for group in GROUPS for path in sorted((CONF / group).glob("*.yaml"))]
 PRESETS = sorted(p for p in CONF.rglob("*.yaml") if p.read_text().startswith("# @package _global_"))
 
 
 def composed(*overrides):
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        return compose("train", [*overrides, "++model.name=resnet8"] if "model=timm" in overrides else overrides)
+        return compose(
+            "train", [*overrides, "++model.name=resnet8"] if "model=timm" in overrides else overrides
+        )
 
 
 def leaves(node, path=""):
@@ -54,7 +66,9 @@ def test_presets_hold_only_keys_that_exist(path):
 
 
 def test_a_misspelt_key_is_found():
-    assert unknown_keys({"defaults": [{"override /model": "resnet8"}], "model": {"widht": 8}, "epoch": 1}) == [
+    assert unknown_keys(
+        {"defaults": [{"override /model": "resnet8"}], "model": {"widht": 8}, "epoch": 1}
+    ) == [
         "epoch",
         "model.widht",
     ]

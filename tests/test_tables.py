@@ -92,7 +92,7 @@ def rows(count=5, methods=("sgd", "sam", "rst")):
 
 
 def table_of(some_records, some_rows=None, **options):
-    return build_table("A title", some_rows or rows(), runs_frame(some_records), **options)
+    return build_table("A title", "A setting", some_rows or rows(), runs_frame(some_records), **options)
 
 
 def cells(table):
@@ -404,11 +404,11 @@ def test_tables_are_the_same_byte_for_byte(tmp_path):
     written = {}
     for name, frame in {"a": runs_frame(some), "b": read_runs(tmp_path / "runs.csv")}.items():
         for suffix in (".md", ".csv"):
-            write_table(build_table("T", rows(), frame), tmp_path / (name + suffix))
+            write_table(build_table("T", "S", rows(), frame), tmp_path / (name + suffix))
             written.setdefault(suffix, set()).add((tmp_path / (name + suffix)).read_bytes())
     script = (
         "import sys; from pathlib import Path; from rst.tables import *\n"
-        f"table = build_table('T', {rows()!r}, read_runs(Path(sys.argv[1])))\n"
+        f"table = build_table('T', 'S', {rows()!r}, read_runs(Path(sys.argv[1])))\n"
         "[write_table(table, Path(path)) for path in sys.argv[2:]]"
     )
     paths = [tmp_path / "c.md", tmp_path / "c.csv"]

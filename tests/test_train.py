@@ -73,7 +73,9 @@ def test_a_job_in_a_sweep_equals_the_same_job_alone(tmp_path):
         assert torch.equal(value, states[1]["model"][key]), key
 
 
-def test_a_completed_run_returns_at_once_and_an_interrupted_one_resumes(run_train, tmp_path, monkeypatch, caplog):
+def test_a_completed_run_returns_at_once_and_an_interrupted_one_resumes(
+    run_train, tmp_path, monkeypatch, caplog
+):
     arguments = [*SHORT, "epochs=3", "method=grst", f"outputs={tmp_path / 'whole'}"]
     run_train(*arguments)
     whole = only((tmp_path / "whole").glob("digits*"))
