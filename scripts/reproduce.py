@@ -1,4 +1,4 @@
-"""Run what is missing of a table under a protocol, then write the table: `make reproduce-tables` calls this."""
+"""Run what is missing of a table under a protocol, then write the table (`make reproduce-tables`)."""
 
 import argparse
 import os
@@ -16,7 +16,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.types import HydraContext
-from omegaconf import OmegaConf, open_dict
+from omegaconf import OmegaConf
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -77,7 +77,7 @@ def launch(batch: list[list[str]], launcher: str, jobs: int) -> Sequence[JobRetu
         overrides.append(f"hydra.launcher.n_jobs={jobs}")
     config = compose("train", overrides, return_hydra_config=True)
     context = HydraContext(GlobalHydra.instance().config_loader(), Callbacks(config))
-    task = train.main.__wrapped__  # type: ignore[attr-defined]  # what hydra.main decorates
+    task = train.main.__wrapped__  # what hydra.main decorates
     plugin = Plugins.instance().instantiate_launcher(context, task, config)
     return plugin.launch(batch, initial_job_idx=0)
 
@@ -87,7 +87,7 @@ def main() -> None:
     parser.add_argument("--protocol", default="quick", choices=options("protocol"))
     parser.add_argument("--table", default="overview", choices=options("table"))
     parser.add_argument(
-        "--launcher", default="joblib", help="a Hydra launcher: joblib, basic, submitit_slurm …"
+        "--launcher", default="joblib", help="a Hydra launcher: joblib, basic, submitit_slurm, …"
     )
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes at once, with joblib")
     parser.add_argument("--outputs", default="outputs", help="folder of the run folders")

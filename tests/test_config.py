@@ -1,5 +1,6 @@
 """Every option composes and builds; presets hold only keys that exist, and win."""
 
+import inspect
 import re
 
 import pytest
@@ -47,7 +48,7 @@ def leaves(node, path=""):
 
 def unknown_keys(preset):
     """Keys of a preset that the configuration it applies to does not have."""
-    chosen, own = [], set()
+    chosen = []
     for default in preset.get("defaults", []):
         ((group, option),) = default.items()
         chosen.append(f"{group.removeprefix('override ').removeprefix('/')}={option}")
@@ -66,12 +67,8 @@ def test_presets_hold_only_keys_that_exist(path):
 
 
 def test_a_misspelt_key_is_found():
-    assert unknown_keys(
-        {"defaults": [{"override /model": "resnet8"}], "model": {"widht": 8}, "epoch": 1}
-    ) == [
-        "epoch",
-        "model.widht",
-    ]
+    preset = {"defaults": [{"override /model": "resnet8"}], "model": {"widht": 8}, "epoch": 1}
+    assert unknown_keys(preset) == ["epoch", "model.widht"]
 
 
 def test_presets_win_over_the_defaults():
@@ -105,8 +102,6 @@ def test_every_option_builds(group, option, tiny_data, tmp_path):
 
     if group in ("dataset", "tracker", "model") or (group == "protocol" and option == "cpu"):
         # Data that may be absent, and models of a size that has tests of its own: the keywords are bound.
-        import inspect
-
         node = config[group] if group != "protocol" else config["dataset"]
         target = instantiate({**node, "_partial_": True})
         late = {

@@ -125,8 +125,8 @@ def test_wandb_offline_holds_accuracy_and_propagations(tmp_path):
 def test_precision_and_augmentation(run_train, tmp_path):
     for precision in ("bf16", "fp16"):
         run_train(
-            *SHORT, "epochs=1", f"precision={precision}", "augment=cutout", "augment.cutout=4",
-            "augment.crop_padding=2", "optimizer=adamw", "optimizer.lr=1e-3", f"outputs={tmp_path / precision}",
+            *SHORT, "epochs=1", f"precision={precision}", f"outputs={tmp_path / precision}", "augment=cutout",
+            "augment.cutout=4", "augment.crop_padding=2", "optimizer=adamw", "optimizer.lr=1e-3",
         )  # fmt: skip
         (result,) = results(tmp_path / precision).values()
         assert math.isfinite(result["test_loss"])
@@ -169,10 +169,10 @@ BAD = {
 
 
 @pytest.mark.parametrize("arguments", BAD)
-def test_bad_input_is_one_line_and_leaves_nothing(arguments, run_train, tmp_path, monkeypatch):
+def test_bad_input_is_one_line_and_leaves_nothing(arguments, run_train, tmp_path):
     outputs = tmp_path / "outputs"
+    protocol = [] if "dataset=" in arguments else ["protocol=quick"]
     with pytest.raises(SystemExit) as stopped:
-        protocol = [] if "dataset=" in arguments else ["protocol=quick"]
         run_train(*protocol, *arguments.split(), f"outputs={outputs}")
     message = stopped.value.code  # a string: Python prints it on stderr and exits with 1
     assert message.startswith("error: ") and BAD[arguments] in message and "\n" not in message
@@ -181,7 +181,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(arguments, run_train, tmp_path
 
 def test_an_unwritable_outputs_folder(run_train, tmp_path):
     (tmp_path / "file").write_text("")  # permissions would not stop a test that runs as root
-    with pytest.raises(SystemExit, match="cannot write to outputs=.*choose another folder"):
+    with pytest.raises(SystemExit, match=r"cannot write to outputs=.*choose another folder"):
         run_train(*SHORT, f"outputs={tmp_path / 'file' / 'outputs'}")
 
 
