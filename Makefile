@@ -3,19 +3,20 @@ PYTHON ?= python3
 PROTOCOL ?= quick
 TABLE ?= overview
 LAUNCHER ?= joblib
+ARGS ?= # overrides for every run of a table, such as epochs=1
 JOBS ?= $(shell $(PYTHON) -c 'import os; print(os.cpu_count())')
 BIN := .venv/bin
 
-.PHONY: reproduce-tables test test-slow lint format clean
+.PHONY: reproduce-tables readme test lint format clean
 
 reproduce-tables: .venv/stamp
-	$(BIN)/python scripts/reproduce.py --protocol $(PROTOCOL) --table $(TABLE) --launcher $(LAUNCHER) --jobs $(JOBS)
+	$(BIN)/python scripts/reproduce.py --protocol $(PROTOCOL) --table $(TABLE) --launcher $(LAUNCHER) --jobs $(JOBS) $(ARGS)
+
+readme: .venv/stamp
+	$(BIN)/python scripts/readme.py
 
 test: .venv/stamp
 	$(BIN)/python -m pytest
-
-test-slow: .venv/stamp
-	$(BIN)/python -m pytest -m slow
 
 lint: .venv/stamp
 	$(BIN)/ruff format --check .

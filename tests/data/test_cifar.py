@@ -18,57 +18,6 @@ from torchvision import datasets
 from rst import data
 from rst.data import cifar
 
-PER_FILE = 20
-
-
-def write_pickle(path: Path, content: dict[str, object]) -> str:
-    """Returns the file's MD5."""
-    path.write_bytes(pickle.dumps(content))
-    return hashlib.md5(path.read_bytes()).hexdigest()
-
-
-@pytest.fixture
-def cifar10_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Pixel (0, 0) of channel 0 is an image's index in its split; labels are the index modulo 10."""
-    root = tmp_path / "official"
-    folder = root / datasets.CIFAR10.base_folder
-    folder.mkdir(parents=True)
-    rng = np.random.default_rng(0)
-
-    def write(name: str, first: int) -> list[str]:
-        pixels = rng.integers(0, 256, (PER_FILE, 3072), dtype=np.uint8)
-        index = np.arange(first, first + PER_FILE)
-        pixels[:, 0] = index
-        content = {"data": pixels, "labels": (index % 10).tolist(), "filenames": [""] * PER_FILE}
-        return [name, write_pickle(folder / name, content)]
-
-    train = [write(f"data_batch_{i + 1}", PER_FILE * i) for i in range(5)]
-    test = [write("test_batch", 0)]
-    names = [f"class{i}" for i in range(10)]
-    md5 = write_pickle(folder / "batches.meta", {"label_names": names})
-    monkeypatch.setattr(datasets.CIFAR10, "train_list", train)
-    monkeypatch.setattr(datasets.CIFAR10, "test_list", test)
-    monkeypatch.setattr(datasets.CIFAR10, "meta", {**datasets.CIFAR10.meta, "md5": md5})
-    return root
-
-
-@pytest.fixture
-def cifar100_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    root = tmp_path / "official"
-    folder = root / datasets.CIFAR100.base_folder
-    folder.mkdir(parents=True)
-    lists = {}
-    for name, n in (("train", 200), ("test", 100)):
-        pixels = np.zeros((n, 3072), dtype=np.uint8)
-        fine = [i % 100 for i in range(n)]
-        content = {"data": pixels, "fine_labels": fine, "coarse_labels": [i // 5 for i in fine]}
-        lists[name] = [[name, write_pickle(folder / name, content)]]
-    md5 = write_pickle(folder / "meta", {"fine_label_names": [f"fine{i}" for i in range(100)]})
-    monkeypatch.setattr(datasets.CIFAR100, "train_list", lists["train"])
-    monkeypatch.setattr(datasets.CIFAR100, "test_list", lists["test"])
-    monkeypatch.setattr(datasets.CIFAR100, "meta", {**datasets.CIFAR100.meta, "md5": md5})
-    return root
-
 
 class QuietHandler(SimpleHTTPRequestHandler):
     def log_message(self, *_: object) -> None:

@@ -1,0 +1,88 @@
+"""The README's commands run, in a shortened form, and its figures are those of the committed results."""
+
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+from PIL import Image
+
+sys.path.insert(0, str(ROOT / "scripts"))
+import readme
+
+TEXT = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```bash\n(.*?)```", TEXT, re.DOTALL)
+COMMANDS = [line.split("#")[0].strip() for block in BLOCKS for line in block.splitlines() if line.strip()]
+TRAIN = [command for command in COMMANDS if command.startswith("python train.py ")]
+
+
+def test_every_command_is_known():
+    assert set(COMMANDS) - set(TRAIN) == {
+        "make reproduce-tables",
+        "make test",
+    }  # see test_reproduce.py and .ci/run
+    assert len(TRAIN) >= 6
+
+
+@pytest.fixture
+def flowers(tmp_path):
+    """A small image folder of two classes, 40×36 pixels."""
+    generator = torch.Generator().manual_seed(0)
+    for split, n in (("train", 12), ("test", 4)):
+        for name in ("rose", "tulip"):
+            (tmp_path / "flowers" / split / name).mkdir(parents=True)
+            for i in range(n):
+                pixels = torch.randint(0, 256, (36, 40, 3), dtype=torch.uint8, generator=generator)
+                Image.fromarray(pixels.numpy()).save(tmp_path / "flowers" / split / name / f"{i}.png")
+    return tmp_path / "flowers"
+
+
+@pytest.mark.parametrize("command", TRAIN)
+def test_command(command, run_train, tmp_path, cifar10_root, cifar100_root, flowers, monkeypatch):
+    # Smaller in every way that leaves the options under test as they are.
+    arguments = shlex.split(command)[2:]
+    shorter = ["epochs=1", f"outputs={tmp_path / 'outputs'}"]
+    if "--multirun" in arguments or "-m" in arguments:
+        shorter += [] if any(a.startswith("seed=") for a in arguments) else ["seed=0"]
+    if "dataset=image_folder" in arguments:
+        arguments[arguments.index("dataset.root=data/flowers")] = f"dataset.root={flowers}"
+        shorter += ["batch_size=12"]
+    elif "protocol=quick" not in arguments:
+        shorter += [f"dataset.root={cifar10_root}", "batch_size=50"]
+    if "model=wrn28_10" in arguments:
+        shorter += ["model.width=16"]
+    elif not any(a.startswith("model=") for a in arguments) and "protocol=quick" not in arguments:
+        shorter += ["model=resnet8", "model.width=4"]
+    if "tracker=wandb" in arguments:
+        monkeypatch.setenv("WANDB_MODE", "offline")
+    run_train(*arguments, *shorter)
+    n_runs = 1
+    for argument in [*arguments, *shorter]:
+        n_runs *= len(argument.split(",")) if "-m" in arguments else 1
+    assert len(list((tmp_path / "outputs").glob("*/result.json"))) == n_runs
+
+
+def test_the_loop(capsys):
+    (block,) = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(
+        torch.nn.Linear(4, 8), torch.nn.BatchNorm1d(8), torch.nn.ReLU(), torch.nn.Linear(8, 3)
+    )
+    loader = [(torch.randn(16, 4), torch.randint(3, (16,))) for _ in range(50)]
+    names = {"model": model, "loader": loader, "epochs": 2}
+    exec(block, names)
+    assert names["optimizer"].steps == 100
+    assert names["optimizer"].gamma == pytest.approx(1 / 0.495)  # the mean of t/100 over t = 0 … 99
+    assert 1 < float(capsys.readouterr().out) < 2
+
+
+def test_the_table_is_the_committed_one():
+    for match in readme.MARKED.finditer(TEXT):
+        # As committed: whoever reproduces the table has other times in the working tree.
+        path = f"results/{match[2]}.md"
+        shown = subprocess.run(["git", "show", f"HEAD:{path}"], cwd=ROOT, capture_output=True, text=True)
+        markdown = shown.stdout if shown.returncode == 0 else (ROOT / path).read_text()
+        assert match[0] == match[1] + readme.section(match[2], markdown) + match[3]
