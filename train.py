@@ -27,7 +27,7 @@ log = logging.getLogger("train")
 FIXED_P = {"sgd": 0.0, "sam": 1.0, "asam": 1.0, "gnp": 1.0}
 
 
-@hydra.main(version_base="1.3", config_path="conf", config_name="train")
+@hydra.main(version_base="1.3", config_path=str(Path(__file__).resolve().parent / "conf"), config_name="train")
 @task
 def main(cfg: DictConfig) -> None:
     with open_dict(cfg):
@@ -146,4 +146,6 @@ def train(run: Run, verbose: bool) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    launch(main)
+    import train as importable  # for launchers: other processes can import this module, but not __main__
+
+    launch(importable.main)

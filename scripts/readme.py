@@ -20,8 +20,8 @@ def section(name: str, markdown: str) -> str:
     rows = ["| " + " | ".join(row[i] for i in kept) + " |" for row in table]
     notes = [line[2:] for line in markdown.splitlines() if line.startswith(("- Runs", "- Code", "- Machine"))]
     reading = (
-        "Mean ± standard deviation over seeds, n in brackets; differences are paired by seed, with their 95 % "
-        "interval, and * where that excludes 0."
+        "Mean ± standard deviation over seeds, n in brackets; differences are paired by seed, with their "
+        "95 % interval, and * where that excludes 0."
     )
     return "\n".join(
         [

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, train_command
 from PIL import Image
 
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -58,7 +58,11 @@ def test_command(command, run_train, tmp_path, cifar10_root, cifar100_root, flow
         shorter += ["model=resnet8", "model.width=4"]
     if "tracker=wandb" in arguments:
         monkeypatch.setenv("WANDB_MODE", "offline")
-    run_train(*arguments, *shorter)
+    if "hydra/launcher=joblib" in arguments:  # which sends the task to other processes
+        done = train_command(*arguments, *shorter)
+        assert done.returncode == 0, done.stderr
+    else:
+        run_train(*arguments, *shorter)
     n_runs = 1
     for argument in [*arguments, *shorter]:
         n_runs *= len(argument.split(",")) if "-m" in arguments else 1
