@@ -27,7 +27,9 @@ log = logging.getLogger("train")
 FIXED_P = {"sgd": 0.0, "sam": 1.0, "asam": 1.0, "gnp": 1.0}
 
 
-@hydra.main(version_base="1.3", config_path=str(Path(__file__).resolve().parent / "conf"), config_name="train")
+@hydra.main(
+    version_base="1.3", config_path=str(Path(__file__).resolve().parent / "conf"), config_name="train"
+)
 @task
 def main(cfg: DictConfig) -> None:
     with open_dict(cfg):

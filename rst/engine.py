@@ -109,10 +109,8 @@ class Training:
         self.device = data.train_images.device
         self.steps_per_epoch = steps_per_epoch(data, batch_size)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
-        total_steps = epochs * self.steps_per_epoch
-        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: lr_factor(step / total_steps)
-        )
+        self.lr_factor = lr_factor
+        self.initial_lrs = [group["lr"] for group in optimizer.param_groups]
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
         self.metrics: list[dict[str, Any]] = []
 
@@ -125,7 +123,6 @@ class Training:
         for epoch in range(len(self.metrics), self.epochs):
             metrics = {
                 "epoch": epoch + 1,
-                "lr": self.lr_scheduler.get_last_lr()[0],
                 **self._train_epoch(epoch, on_step),
                 **self._evaluate(),
             }
@@ -159,6 +156,7 @@ class Training:
             )
         n_images = self.steps_per_epoch * self.batch_size
         return {
+            "lr": self.optimizer.param_groups[0]["lr"],  # of the last step
             "steps": self.optimizer.steps,
             "sam_steps": self.optimizer.sam_steps,
             "propagations": self.optimizer.propagations,
@@ -183,6 +181,9 @@ class Training:
             self.scaler.scale(loss).backward()
             return passes[0][0]
 
+        factor = self.lr_factor(step / (self.epochs * self.steps_per_epoch))
+        for group, initial_lr in zip(self.optimizer.param_groups, self.initial_lrs, strict=True):
+            group["lr"] = initial_lr * factor
         torch.manual_seed(draw(self.seed, "model", step))  # dropout and the like
         self.optimizer.gradient(closure)
         self.scaler.unscale_(self.optimizer)
@@ -190,7 +191,6 @@ class Training:
             nn.utils.clip_grad_norm_(self.parameters, self.clip_norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        self.lr_scheduler.step()
         return passes[0]
 
     @torch.inference_mode()
@@ -216,7 +216,6 @@ class Training:
         return {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "lr_scheduler": self.lr_scheduler.state_dict(),
             "scaler": self.scaler.state_dict(),
             "metrics": self.metrics,
         }
@@ -224,6 +223,5 @@ class Training:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.lr_scheduler.load_state_dict(state["lr_scheduler"])
         self.scaler.load_state_dict(state["scaler"])
         self.metrics = state["metrics"]

@@ -1,0 +1,122 @@
+"""Identity, names and files of a run."""
+
+import copy
+import json
+
+import pytest
+
+from rst.record import Run, identity, summarize
+
+CONFIG = {
+    "seed": 0,
+    "epochs": 2,
+    "device": "auto",
+    "outputs": "outputs",
+    "dataset": {"_target_": "rst.data.cifar10", "root": "data", "train_size": None, "download": True},
+    "model": {"name": "resnet8", "width": 16},
+    "schedule": {"p": 1, "rising": True},
+    "tracker": {"_target_": "rst.tracking.NoTracker"},
+    "milestones": [0.5, 0.75],
+}
+CHOICES = {
+    "dataset": "cifar10",
+    "model": "resnet8",
+    "augment": "basic",
+    "method": "rst",
+    "schedule": "linear",
+}
+
+
+def changed(path, value):
+    config = copy.deepcopy(CONFIG)
+    *parents, key = path.split(".")
+    node = config
+    for parent in parents:
+        node = node[parent]
+    node[key] = value
+    return config
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("device", "cuda"),
+        ("outputs", "/elsewhere"),
+        ("tracker", {"_target_": "rst.tracking.Wandb", "project": "p"}),
+        ("dataset.root", "/scratch"),
+        ("dataset.download", False),
+        ("schedule.p", 1.0),
+    ],
+)
+def test_what_cannot_change_the_result_is_no_part_of_the_identity(path, value):
+    assert identity(changed(path, value)) == identity(CONFIG)
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("seed", 1),
+        ("schedule.p", 0.5),
+        ("schedule.rising", False),
+        ("schedule.rising", 1),
+        ("dataset.train_size", 100),
+        ("model.width", 32),
+        ("milestones", [0.5]),
+    ],
+)
+def test_what_changes_the_result_is(path, value):
+    assert identity(changed(path, value)) != identity(CONFIG)
+
+
+def test_the_identity_does_not_depend_on_the_order_of_keys():
+    assert identity(dict(reversed(CONFIG.items()))) == identity(CONFIG)
+
+
+def test_identities_are_stable():
+    # Committed results are found by it: it must never change.
+    assert identity({"seed": 0, "schedule": {"p": 0.5}, "device": "cpu"}) == "63b09c81"
+
+
+def test_a_name_is_one_safe_folder(tmp_path):
+    run = Run(tmp_path, CONFIG, CHOICES, "python train.py")
+    assert run.name == f"cifar10-resnet8-basic-rst-linear-s0-{run.id}"
+    crafted = Run(tmp_path, changed("model.name", "../../etc/x y"), CHOICES | {"model": "timm"}, "")
+    assert crafted.folder.parent == tmp_path
+    assert "/" not in crafted.name
+    assert " " not in crafted.name
+
+
+def test_files_of_a_run(tmp_path):
+    run = Run(tmp_path, CONFIG, CHOICES, "python train.py seed=0")
+    assert run.result() is None
+    run.open([{"epoch": 1}])
+    run.append({"epoch": 2})
+    assert (run.folder / "metrics.jsonl").read_text() == '{"epoch": 1}\n{"epoch": 2}\n'
+    run.open([{"epoch": 1}])  # as on resuming from the checkpoint of epoch 1
+    assert (run.folder / "metrics.jsonl").read_text() == '{"epoch": 1}\n'
+    result = run.complete({"test_accuracy": 0.5})
+    assert run.result() == json.loads(json.dumps(result))
+    assert result["command"] == "python train.py seed=0"
+    assert set(result["versions"]) == {"python", "torch", "cuda", "rst"}
+    assert sorted(path.name for path in run.folder.iterdir()) == [
+        "config.yaml",
+        "metrics.jsonl",
+        "result.json",
+    ]
+
+
+def test_summary_takes_the_last_epoch_and_names_the_best():
+    def row(epoch, accuracy):
+        return {
+            "epoch": epoch, "steps": 10 * epoch, "sam_steps": epoch, "propagations": 11 * epoch,
+            "images": 100,
+            "test_accuracy": accuracy, "test_loss": 1.0, "train_accuracy": 0.9, "train_loss": 0.1 * epoch,
+            "seconds_train": 3.0, "seconds_evaluate": 1.0, "seconds_data": 1.0,
+        }  # fmt: skip
+
+    summary = summarize([row(1, 0.7), row(2, 0.8), row(3, 0.8), row(4, 0.75)])
+    assert summary["test_accuracy"] == 0.75
+    assert (summary["best_test_accuracy"], summary["best_epoch"]) == (0.8, 2)  # the earliest of equals
+    assert summary["seconds"] == {"train": 12.0, "evaluate": 4.0, "data": 4.0, "total": 20.0}
+    assert summary["images_per_second"] == 400 / 16
+    assert (summary["steps"], summary["propagations"]) == (40, 44)
