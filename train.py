@@ -19,17 +19,16 @@ from rst.command_line import launch, task
 from rst.data import steps_per_epoch
 from rst.draws import draw
 from rst.engine import Training, cpu_threads, pick_device
-from rst.record import Run, device_name, peak_memory_bytes, summarize
+from rst.record import Run, peak_memory_bytes, provenance, summarize
 
 log = logging.getLogger("train")
+ROOT = Path(__file__).resolve().parent
 
 # These methods are what they are by their schedule: p(t) is this number.
 FIXED_P = {"sgd": 0.0, "sam": 1.0, "asam": 1.0, "gnp": 1.0}
 
 
-@hydra.main(
-    version_base="1.3", config_path=str(Path(__file__).resolve().parent / "conf"), config_name="train"
-)
+@hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name="train")
 @task
 def main(cfg: DictConfig) -> None:
     with open_dict(cfg):
@@ -54,9 +53,8 @@ def main(cfg: DictConfig) -> None:
 
 def describe(cfg: DictConfig) -> Run:
     """The run that a composed configuration, Hydra's own part included, stands for."""
-    choices = {
-        str(k): str(v) for k, v in cfg.hydra.runtime.choices.items() if not str(k).startswith("hydra/")
-    }
+    chosen = cfg.hydra.runtime.choices.items()
+    choices = {str(group): str(name) for group, name in chosen if not str(group).startswith("hydra/")}
     command = shlex.join(["python", "train.py", *cfg.hydra.overrides.task])
     nodes = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
     config: Any = OmegaConf.to_container(nodes, resolve=True, throw_on_missing=True)
@@ -98,15 +96,8 @@ def train(run: Run, verbose: bool) -> dict[str, Any]:
         model = model.to(memory_format=torch.channels_last)
     base = build("optimizer")(model.parameters())
     optimizer = build("method")(base, schedule, total_steps, module=model, seed=config["seed"])
-    settings = ("epochs", "batch_size", "seed", "l2", "clip_norm", "precision")
-    training = Training(
-        model,
-        optimizer,
-        build("lr_schedule"),
-        data,
-        build("augment"),
-        **{key: config[key] for key in settings},
-    )
+    settings = {key: config[key] for key in ("epochs", "batch_size", "seed", "l2", "clip_norm", "precision")}
+    training = Training(model, optimizer, build("lr_schedule"), data, build("augment"), **settings)
     tracker = build("tracker")(
         run_name=run.name, group="-".join(run.labels), tags=run.labels, folder=run.folder, config=config
     )
@@ -116,8 +107,9 @@ def train(run: Run, verbose: bool) -> dict[str, Any]:
         training.load_state_dict(state)
         log.info("%s resumes after epoch %d", run.folder, len(training.metrics))
     run.open(training.metrics)
+    made_with = provenance(device)
     if verbose:
-        log.info("%s: %d steps on %s", run.folder, total_steps, device_name(device))
+        log.info("%s: %d steps on %s", run.folder, total_steps, made_with["device_name"])
 
     bar = tqdm(
         total=total_steps, initial=optimizer.steps, unit="step", disable=not (verbose and sys.stderr.isatty())
@@ -133,16 +125,15 @@ def train(run: Run, verbose: bool) -> dict[str, Any]:
                     "epoch {epoch}: train loss {train_loss:.4f}, test loss {test_loss:.4f}, "
                     "test accuracy {test_accuracy:.4f}, propagations {propagations}".format(**metrics)
                 )
-        figures = {
-            **summarize(training.metrics),
-            "expected_propagations": expected_propagations(schedule, total_steps),
-            "propagations_std": propagations_std(schedule, total_steps),
-            "peak_memory_bytes": peak_memory_bytes(device),
-            "device": device.type,
-            "device_name": device_name(device),
-            "threads": torch.get_num_threads(),
-        }
-        result = run.complete(figures)
+        result = run.complete(
+            {
+                **summarize(training.metrics),
+                "expected_propagations": expected_propagations(schedule, total_steps),
+                "propagations_std": propagations_std(schedule, total_steps),
+                "peak_memory_bytes": peak_memory_bytes(device),
+                **made_with,
+            }
+        )
         tracker.summary(result)
     return result
 

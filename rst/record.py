@@ -113,7 +113,7 @@ class Run:
             file.write(json.dumps(metrics) + "\n")
 
     def complete(self, figures: dict[str, Any]) -> dict[str, Any]:
-        """Write `result.json`: the figures with the run's identity and provenance. Returns it."""
+        """Write `result.json`: the figures with the run's identity. Returns it."""
         result = {
             "schema": SCHEMA,
             "id": self.id,
@@ -122,7 +122,6 @@ class Run:
             "choices": self.choices,
             "seed": self.config["seed"],
             **figures,
-            **provenance(),
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         }
         text = json.dumps(result, indent=1).encode()
@@ -154,8 +153,9 @@ def summarize(metrics: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def provenance() -> dict[str, Any]:
-    """Versions, commit and host: with what a result was made."""
+def provenance(device: torch.device) -> dict[str, Any]:
+    """With what a result is made: versions, commit, host, device. To be asked for when a run starts, as the
+    checkout may change while it trains."""
     return {
         "versions": {
             "python": platform.python_version(),
@@ -165,6 +165,9 @@ def provenance() -> dict[str, Any]:
         },
         **_commit(),
         "host": socket.gethostname(),
+        "device": device.type,
+        "device_name": device_name(device),
+        "threads": torch.get_num_threads(),
     }
 
 

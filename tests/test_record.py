@@ -2,10 +2,13 @@
 
 import copy
 import json
+import subprocess
 
 import pytest
+import torch
+from conftest import ROOT
 
-from rst.record import Run, identity, summarize
+from rst.record import Run, identity, provenance, summarize
 
 CONFIG = {
     "seed": 0,
@@ -97,12 +100,21 @@ def test_files_of_a_run(tmp_path):
     result = run.complete({"test_accuracy": 0.5})
     assert run.result() == json.loads(json.dumps(result))
     assert result["command"] == "python train.py seed=0"
-    assert set(result["versions"]) == {"python", "torch", "cuda", "rst"}
     assert sorted(path.name for path in run.folder.iterdir()) == [
         "config.yaml",
         "metrics.jsonl",
         "result.json",
     ]
+
+
+def test_provenance_names_versions_commit_and_machine():
+    made_with = provenance(torch.device("cpu"))
+    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
+    assert head.startswith(made_with["commit"])
+    assert made_with["versions"]["torch"] == torch.__version__
+    assert made_with["device"] == "cpu"
+    assert made_with["threads"] == torch.get_num_threads()
+    assert made_with["host"] and made_with["device_name"]
 
 
 def test_summary_takes_the_last_epoch_and_names_the_best():
