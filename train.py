@@ -15,17 +15,14 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from tqdm import tqdm
 
 from rst import checkpoint, expected_propagations, propagations_std
-from rst.command_line import launch, task
+from rst.command_line import check, launch, task
 from rst.data import steps_per_epoch
 from rst.draws import draw
 from rst.engine import Training, cpu_threads, pick_device
-from rst.record import Run, peak_memory_bytes, provenance, summarize
+from rst.record import Run, peak_memory_bytes, provenance, reset_peak_memory, summarize
 
 log = logging.getLogger("train")
 ROOT = Path(__file__).resolve().parent
-
-# These methods are what they are by their schedule: p(t) is this number.
-FIXED_P = {"sgd": 0.0, "sam": 1.0, "asam": 1.0, "gnp": 1.0}
 
 
 @hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name="train")
@@ -62,21 +59,6 @@ def describe(cfg: DictConfig) -> Run:
     return Run(Path(config["outputs"]), config, choices, command)
 
 
-def check(config: dict[str, Any], choices: dict[str, str]) -> None:
-    """Refuse what the parts themselves would not, or only after minutes of loading data."""
-    for key, least in {"seed": 0, "epochs": 1, "batch_size": 1}.items():
-        if not isinstance(config[key], int) or config[key] < least:
-            raise ValueError(f"{key} must be a whole number of at least {least}, got {config[key]!r}")
-    p = FIXED_P.get(choices["method"])
-    constant = choices["schedule"] == "constant"
-    if p is not None and not (constant and config["schedule"]["p"] == p):
-        given = f"schedule.p={config['schedule']['p']}" if constant else f"schedule={choices['schedule']}"
-        raise ValueError(
-            f"method={choices['method']} takes a SAM step {'always' if p else 'never'}, which contradicts "
-            f"{given}: leave the schedule out, or use method=rst or method=grst"
-        )
-
-
 def train(run: Run, verbose: bool) -> dict[str, Any]:
     """One run, new or resumed, from its configuration to its result."""
     config = run.config
@@ -85,15 +67,17 @@ def train(run: Run, verbose: bool) -> dict[str, Any]:
         return instantiate(config[group], _convert_="all")
 
     device = pick_device(config["device"])
+    made_with = provenance(device)
+    reset_peak_memory(device)
     schedule = build("schedule")
     data = build("dataset").to(device)
     total_steps = config["epochs"] * steps_per_epoch(data, config["batch_size"])
 
     torch.manual_seed(draw(config["seed"], "init"))
     _, channels, height, _ = data.train_images.shape
-    model = build("model")(num_classes=len(data.classes), in_chans=channels, image_size=height).to(device)
-    if config["channels_last"]:
-        model = model.to(memory_format=torch.channels_last)
+    model = build("model")(num_classes=len(data.classes), in_chans=channels, image_size=height)
+    layout = torch.channels_last if config["channels_last"] else torch.preserve_format
+    model = model.to(device, memory_format=layout)
     base = build("optimizer")(model.parameters())
     optimizer = build("method")(base, schedule, total_steps, module=model, seed=config["seed"])
     settings = {key: config[key] for key in ("epochs", "batch_size", "seed", "l2", "clip_norm", "precision")}
@@ -103,13 +87,14 @@ def train(run: Run, verbose: bool) -> dict[str, Any]:
     )
 
     state = checkpoint.load(run.checkpoint)
+    commits = [made_with["commit"]]
     if state is not None:
-        training.load_state_dict(state)
-        log.info("%s resumes after epoch %d", run.folder, len(training.metrics))
+        training.load_state_dict(state["training"])
+        commits = list(dict.fromkeys([*state["commits"], *commits]))
     run.open(training.metrics)
-    made_with = provenance(device)
     if verbose:
-        log.info("%s: %d steps on %s", run.folder, total_steps, made_with["device_name"])
+        done = f", the first {optimizer.steps} done before" if optimizer.steps else ""
+        log.info("%s: %d steps on %s%s", run.folder, total_steps, made_with["device_name"], done)
 
     bar = tqdm(
         total=total_steps, initial=optimizer.steps, unit="step", disable=not (verbose and sys.stderr.isatty())
@@ -117,7 +102,7 @@ def train(run: Run, verbose: bool) -> dict[str, Any]:
     with bar, tracker:
         for metrics in training.run(on_step=bar.update):
             run.append(metrics)
-            checkpoint.save(run.checkpoint, training.state_dict())
+            checkpoint.save(run.checkpoint, {"training": training.state_dict(), "commits": commits})
             tracker.log(metrics)
             bar.set_postfix_str(f"epoch {metrics['epoch']}, test {metrics['test_accuracy']:.2%}")
             if verbose and bar.disable:
@@ -132,6 +117,7 @@ def train(run: Run, verbose: bool) -> dict[str, Any]:
                 "propagations_std": propagations_std(schedule, total_steps),
                 "peak_memory_bytes": peak_memory_bytes(device),
                 **made_with,
+                "commit": "+".join(filter(None, commits)) or None,
             }
         )
         tracker.summary(result)

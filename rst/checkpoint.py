@@ -1,6 +1,7 @@
 """Writing files so that a crash leaves the old one or the new one, never a part."""
 
 import os
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
@@ -32,7 +33,14 @@ def save(path: Path, state: dict[str, Any]) -> None:
 
 
 def load(path: Path) -> dict[str, Any] | None:
-    """The checkpoint on the CPU, or None where there is none. Executes no pickled code."""
+    """The checkpoint on the CPU, or None where there is none. Executes no pickled code.
+
+    Raises:
+        ValueError: for a file that is no checkpoint.
+    """
     if not path.exists():
         return None
-    return torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        raise ValueError(f"{path} is damaged: remove it, and the run starts anew") from error

@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Callable
 from functools import wraps
+from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, InstantiationException, MissingConfigException
@@ -14,6 +15,28 @@ from omegaconf.errors import MissingMandatoryValue
 
 log = logging.getLogger(__name__)
 _failures: list[Exception] = []
+
+
+# These methods are what they are by their schedule: p(t) is this number.
+FIXED_P = {"sgd": 0.0, "sam": 1.0, "asam": 1.0, "gnp": 1.0}
+
+
+def check(config: dict[str, Any], choices: dict[str, str]) -> None:
+    """Refuse what the parts themselves would not, or only after minutes of loading data."""
+    for key, least in {"seed": 0, "epochs": 1, "batch_size": 1, "threads": 1}.items():
+        value = 1 if key == "threads" and config[key] is None else config[key]
+        if type(value) is not int or value < least:
+            raise ValueError(f"{key} must be a whole number of at least {least}, got {value!r}")
+    if config["l2"] and config["optimizer"].get("weight_decay"):
+        raise ValueError("both l2 and optimizer.weight_decay are set: set one of the two to 0")
+    p = FIXED_P.get(choices["method"])
+    constant = choices["schedule"] == "constant"
+    if p is not None and not (constant and config["schedule"]["p"] == p):
+        given = f"schedule.p={config['schedule']['p']}" if constant else f"schedule={choices['schedule']}"
+        raise ValueError(
+            f"method={choices['method']} takes a SAM step {'always' if p else 'never'}, which contradicts "
+            f"{given}: leave the schedule out, or use method=rst or method=grst"
+        )
 
 
 def task(function: Callable[[DictConfig], object]) -> Callable[[DictConfig], None]:
@@ -28,9 +51,11 @@ def task(function: Callable[[DictConfig], object]) -> Callable[[DictConfig], Non
         try:
             function(cfg)
         except Exception as error:
+            if isinstance(error, InstantiationException) and isinstance(error.__cause__, Exception):
+                error = error.__cause__  # which would be lost on the way back from another process
             if HydraConfig.get().mode is RunMode.MULTIRUN:
                 log.error("error in %s: %s", " ".join(HydraConfig.get().overrides.task), one_line(error))
-                raise
+                raise error from None
             _failures.append(error)
 
     return wrapped

@@ -1,5 +1,6 @@
 """The training loop: epochs of steps, each one call of `RST.gradient` and one of `step`."""
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -113,6 +114,18 @@ class Training:
         self.initial_lrs = [group["lr"] for group in optimizer.param_groups]
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
         self.metrics: list[dict[str, Any]] = []
+        self._try_one_image()
+
+    @torch.no_grad()
+    def _try_one_image(self) -> None:
+        """Fail now, before a run has files, where augmentation or model cannot take the images."""
+        order = torch.Generator().manual_seed(0)
+        image = self.augment(self.data.train_images[:1], self.data.mean, self.data.std, order)
+        try:
+            self.model.eval()(image)
+        except (RuntimeError, ValueError, AssertionError) as error:
+            shape = "×".join(map(str, image.shape[1:]))
+            raise ValueError(f"the model cannot take images of {shape}: {error}") from error
 
     def run(self, on_step: Callable[[], object] = lambda: None) -> Iterator[dict[str, Any]]:
         """Train the epochs that are left, yielding each one's metrics (times in seconds, loss in nats).
@@ -120,12 +133,19 @@ class Training:
         Raises:
             FloatingPointError: after an epoch with a loss that is not finite, naming the step.
         """
+        advice = "the checkpoint of the epoch before is kept: try a smaller optimizer.lr or method.rho"
         for epoch in range(len(self.metrics), self.epochs):
             metrics = {
                 "epoch": epoch + 1,
                 **self._train_epoch(epoch, on_step),
                 **self._evaluate(),
             }
+            if (bad_step := metrics.pop("first_bad_step")) >= 0:
+                raise FloatingPointError(
+                    f"the loss is not finite at step {bad_step} (epoch {epoch + 1}); {advice}"
+                )
+            if not math.isfinite(metrics["test_loss"]):
+                raise FloatingPointError(f"the test loss is not finite after epoch {epoch + 1}; {advice}")
             self.metrics.append(metrics)
             yield metrics
 
@@ -147,15 +167,11 @@ class Training:
             n_correct += (logits.argmax(1) == labels).sum()
             first_bad = torch.where((first_bad < 0) & ~loss.isfinite(), step, first_bad)
             on_step()
-        bad_step = int(first_bad)
+        bad_step = int(first_bad)  # waits for the device, so the time is the epoch's
         elapsed = time.perf_counter() - started
-        if bad_step >= 0:
-            raise FloatingPointError(
-                f"the loss is not finite at step {bad_step} (epoch {epoch + 1}); "
-                "the checkpoint of the epoch before is kept: try a smaller optimizer.lr or method.rho"
-            )
         n_images = self.steps_per_epoch * self.batch_size
         return {
+            "first_bad_step": bad_step,
             "lr": self.optimizer.param_groups[0]["lr"],  # of the last step
             "steps": self.optimizer.steps,
             "sam_steps": self.optimizer.sam_steps,

@@ -291,6 +291,8 @@ def _swap(perturbed: dict[Tensor, Tensor]) -> None:
         kept = parameter.data
         parameter.data = spare
         perturbed[parameter] = kept
+    # An autocast region around the whole step would go on with its low-precision copy of the other weights.
+    torch.clear_autocast_cache()
 
 
 def _divide(numerator: float, norm: Tensor) -> Tensor:

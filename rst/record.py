@@ -5,12 +5,12 @@ import json
 import os
 import platform
 import re
-import resource
 import socket
 import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from rst import __version__
 from rst.checkpoint import write_atomically
 
 SCHEMA = 1
+_CLEAR_REFS = Path("/proc/self/clear_refs")
 
 # What cannot change a run's result is no part of its identity. `dataset.root` is where the data lie, not
 # what they are: image_folder's `name` says that.
@@ -37,7 +38,7 @@ def identity(config: Mapping[str, Any]) -> str:
         if isinstance(node, list):
             return [keep(item, path) for item in node]
         # `p=1` and `p=1.0` are one configuration.
-        return float(node) if isinstance(node, int) and not isinstance(node, bool) else node
+        return int(node) if isinstance(node, float) and node.is_integer() else node
 
     text = json.dumps(keep(config), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
@@ -89,7 +90,12 @@ class Run:
     def result(self) -> dict[str, Any] | None:
         """The result of a completed run, else None."""
         path = self.folder / "result.json"
-        return json.loads(path.read_text()) if path.exists() else None
+        if not path.exists():
+            return None
+        try:
+            return json.loads(path.read_text())
+        except ValueError as error:
+            raise ValueError(f"{path} is damaged ({error}): remove it, and the run goes on") from error
 
     def open(self, metrics: list[dict[str, Any]]) -> None:
         """Make the folder, with the metrics of the epochs that a checkpoint already covers.
@@ -124,7 +130,7 @@ class Run:
             **figures,
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         }
-        text = json.dumps(result, indent=1).encode()
+        text = json.dumps(result, indent=1, allow_nan=False).encode()
         write_atomically(self.folder / "result.json", lambda file: file.write(text))
         return result
 
@@ -154,8 +160,10 @@ def summarize(metrics: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def provenance(device: torch.device) -> dict[str, Any]:
-    """With what a result is made: versions, commit, host, device. To be asked for when a run starts, as the
-    checkout may change while it trains."""
+    """With what a result is made: versions, commit, host, device.
+
+    The commit is looked up once in a process, to be asked for at its start: the checkout may change later.
+    """
     return {
         "versions": {
             "python": platform.python_version(),
@@ -171,12 +179,23 @@ def provenance(device: torch.device) -> dict[str, Any]:
     }
 
 
-def peak_memory_bytes(device: torch.device) -> int:
-    """The most memory held: by PyTorch on a CUDA device, by the whole process on the CPU."""
+def reset_peak_memory(device: torch.device) -> None:
+    """Start `peak_memory_bytes` anew: runs of a sweep share a process."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif _CLEAR_REFS.exists():
+        _CLEAR_REFS.write_text("5")  # Linux: sets the process's VmHWM to what it holds now
+
+
+def peak_memory_bytes(device: torch.device) -> int | None:
+    """The most memory held since `reset_peak_memory`: by PyTorch on a CUDA device, by the whole process on
+    the CPU under Linux, elsewhere None."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    kibibytes_on_linux = 1 if platform.system() == "Darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kibibytes_on_linux
+    if not _CLEAR_REFS.exists():
+        return None
+    (kibibytes,) = re.findall(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    return int(kibibytes) * 1024
 
 
 def device_name(device: torch.device) -> str:
@@ -187,6 +206,7 @@ def device_name(device: torch.device) -> str:
     return f"{models[0] if models else platform.machine()} ({os.cpu_count()} cores)"
 
 
+@cache
 def _commit() -> dict[str, Any]:
     """The checkout's commit, and whether tracked files outside `results/` differ from it."""
 

@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import train  # noqa: E402  (it lies in the root, beside this folder)
+from rst.command_line import launch as report  # noqa: E402
 from rst.command_line import one_line  # noqa: E402
 from rst.plots import error_against_propagations  # noqa: E402
 from rst.record import Run  # noqa: E402
@@ -42,18 +43,20 @@ def options(group: str) -> list[str]:
     return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
 
 
-def compose_run(overrides: list[str]) -> tuple[Run, list[str]]:
-    """The run that `python train.py` would do with these overrides, and the seeds that a sweep would take."""
-    cfg = compose("train", overrides, return_hydra_config=True)
-    sweep = OverridesParser.create().parse_override(f"seed={cfg.hydra.sweeper.params.get('seed', cfg.seed)}")
-    seeds = list(sweep.sweep_string_iterator()) if sweep.is_sweep_override() else [str(sweep.value())]
-    return train.describe(cfg), seeds
-
-
 def cells_of(overrides: list[str]) -> list[Cell]:
-    _, seeds = compose_run(overrides)
-    each = [[*overrides, f"seed={seed}"] for seed in seeds]
-    return [Cell(cell, compose_run(cell)[0]) for cell in each]
+    """The runs that `python train.py -m` would do: a seed each, those of the overrides or of the protocol."""
+    given = [override for override in overrides if override.startswith("seed=")]
+    others = [override for override in overrides if override not in given]
+    if not given:
+        protocol = compose("train", others, return_hydra_config=True)
+        given = [f"seed={protocol.hydra.sweeper.params.get('seed', protocol.seed)}"]
+    sweep = OverridesParser.create().parse_override(given[-1])
+    seeds = sweep.sweep_string_iterator() if sweep.is_sweep_override() else [str(sweep.value())]
+    cells = []
+    for seed in seeds:
+        cell = [*others, f"seed={seed}"]
+        cells.append(Cell(cell, train.describe(compose("train", cell, return_hydra_config=True))))
+    return cells
 
 
 def setting_of(run: Run, protocol: str) -> str:
@@ -70,9 +73,9 @@ def setting_of(run: Run, protocol: str) -> str:
     return ", ".join([*parts, f"{run.config['epochs']} epochs", f"batch size {run.config['batch_size']}"])
 
 
-def launch(batch: list[list[str]], launcher: str, jobs: int) -> Sequence[JobReturn]:
+def launch(batch: list[list[str]], launcher: str, jobs: int, place: list[str]) -> Sequence[JobReturn]:
     """Give the jobs to a Hydra launcher, as `python train.py -m` does with those of a grid."""
-    overrides = ["hydra.mode=MULTIRUN", f"hydra/launcher={launcher}", "hydra/hydra_logging=none"]
+    overrides = ["hydra.mode=MULTIRUN", f"hydra/launcher={launcher}", "hydra/hydra_logging=none", *place]
     if launcher == "joblib":
         overrides.append(f"hydra.launcher.n_jobs={jobs}")
     config = compose("train", overrides, return_hydra_config=True)
@@ -91,10 +94,14 @@ def main() -> None:
     )
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes at once, with joblib")
     parser.add_argument("--outputs", default="outputs", help="folder of the run folders")
-    parser.add_argument("--results", default="results", help="folder of the tables")
+    parser.add_argument("--results", help="folder of the tables: results, with overrides OUTPUTS/results")
     parser.add_argument("overrides", nargs="*", help="added to every run, such as epochs=1")
     arguments = parser.parse_args()
     os.chdir(ROOT)
+    # A shortened table must not take the place of the whole one.
+    results_folder = arguments.results or (
+        f"{arguments.outputs}/results" if arguments.overrides else "results"
+    )
     os.environ["OMP_NUM_THREADS"] = "1"  # in the processes to come: two of one thread beat one of two
 
     specification: Any = OmegaConf.to_container(OmegaConf.load(CONF / "table" / f"{arguments.table}.yaml"))
@@ -111,7 +118,7 @@ def main() -> None:
         missing = [cell.overrides for cell in all_cells if cell.run.result() is None]
         print(f"{len(all_cells)} runs, {len(missing)} of them to do", flush=True)
         if missing:
-            returns = launch(missing, arguments.launcher, arguments.jobs)
+            returns = launch(missing, arguments.launcher, arguments.jobs, place)
             failures = [job for job in returns if job.status is not JobStatus.COMPLETED]
 
     results = [cell.run.result() for cell in all_cells]
@@ -126,7 +133,7 @@ def main() -> None:
     ]
     names = (specification["title"], setting)
     table = build_table(*names, rows, runs, specification["reference"], specification["baseline"])
-    folder = Path(arguments.results) / arguments.protocol
+    folder = Path(results_folder) / arguments.protocol
     folder.mkdir(parents=True, exist_ok=True)
     write_runs(runs, folder / "runs.csv")
     write_table(table, folder / f"{arguments.table}.md")
@@ -140,4 +147,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    report(main)

@@ -11,10 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from hydra.core.global_hydra import GlobalHydra
+from hypothesis import settings
 from torchvision import datasets
 
 ROOT = Path(__file__).parent.parent
 PER_CIFAR_FILE = 20
+
+settings.register_profile("busy machine", deadline=None)
+settings.load_profile("busy machine")
 
 
 @pytest.fixture

@@ -15,26 +15,16 @@ from rst.data import ImageData
 from rst.engine import Training
 
 CONF = ROOT / "conf"
-GROUPS = (
-    "dataset",
-    "model",
-    "augment",
-    "method",
-    "schedule",
-    "optimizer",
-    "lr_schedule",
-    "tracker",
-    "protocol",
-)
+GROUPS = sorted({path.parent.name for path in CONF.glob("*/*.yaml")} - {"table"})
 OPTIONS = [(group, path.stem) for group in GROUPS for path in sorted((CONF / group).glob("*.yaml"))]
 PRESETS = sorted(p for p in CONF.rglob("*.yaml") if p.read_text().startswith("# @package _global_"))
 
 
 def composed(*overrides):
+    if "model=timm" in overrides:
+        overrides = (*overrides, "model.name=resnet8")
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        return compose(
-            "train", [*overrides, "++model.name=resnet8"] if "model=timm" in overrides else overrides
-        )
+        return compose("train", list(overrides))
 
 
 def leaves(node, path=""):
@@ -100,17 +90,16 @@ def test_every_option_builds(group, option, tiny_data, tmp_path):
     def build(name):
         return instantiate(config[name], _convert_="all")
 
-    if group in ("dataset", "tracker", "model") or (group == "protocol" and option == "cpu"):
+    if group in ("dataset", "tracker", "model", "protocol"):
         # Data that may be absent, and models of a size that has tests of its own: the keywords are bound.
-        node = config[group] if group != "protocol" else config["dataset"]
-        target = instantiate({**node, "_partial_": True})
         late = {
             "dataset": {},
-            "protocol": {},
             "model": {"num_classes": 2, "in_chans": 3, "image_size": 32},
             "tracker": {"run_name": "r", "group": "g", "tags": [], "folder": tmp_path, "config": {}},
-        }[group]
-        inspect.signature(target.func).bind(**target.keywords, **late)
+        }
+        for name in late if group == "protocol" else [group]:
+            target = instantiate({**config[name], "_partial_": True})
+            inspect.signature(target.func).bind(**target.keywords, **late[name])
         return
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 32 * 32, 2))
     optimizer = build("method")(
@@ -156,3 +145,14 @@ def test_every_preset_says_where_its_numbers_come_from():
         header = path.read_text().split("defaults:")[0]
         assert re.search("Command:", header), path
         assert re.search("choice|authors|paper", header), path
+
+
+def test_protocols_leave_the_other_choices_alone():
+    """They choose options and set what every run has, so any of these goes with any other option."""
+    assert composed("protocol=cpu", "model=wrn28_10").model == composed("model=wrn28_10").model
+    for protocol in ("quick", "cpu"):
+        for choice in ("dataset=cifar10", "augment=cutout"):
+            group = choice.split("=")[0]
+            plain = dict(composed(choice)[group])
+            preset = dict(composed(f"protocol={protocol}", choice)[group])
+            assert {key for key in preset if preset[key] != plain[key]} <= {"train_size"}

@@ -1,5 +1,7 @@
 """Loss scaling, GradScaler and reduced precision on the CPU."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -89,3 +91,27 @@ def test_overflow_in_float16_skips_the_step():
     train_scaled(model, scaler, 4, autocast=torch.float16)
     assert all(x.isfinite().all() for x in state(model))
     assert not torch.equal(model[0].weight, start[0])
+
+
+def test_autocast_around_the_whole_step():
+    """Its cache of low-precision weights must not outlive the exchange of the weights."""
+    losses = {}
+    for place in ("inside", "around"):
+        model = network(torch.float32, plain=True)
+        inputs, labels = (tensor[0] for tensor in batches())
+        seen = []
+
+        def closure(model=model, place=place, seen=seen, inputs=inputs, labels=labels):
+            with torch.autocast("cpu", torch.bfloat16) if place == "inside" else nullcontext():
+                loss = F.cross_entropy(model(inputs.float()), labels)
+            seen.append(loss.item())
+            loss.backward()
+            return loss
+
+        optimizer = RST(sgd(model.parameters()), Constant(1.0), 10, rho=5.0, module=model)
+        with torch.autocast("cpu", torch.bfloat16) if place == "around" else nullcontext():
+            optimizer.gradient(closure)
+        losses[place] = seen
+    assert losses["around"] == losses["inside"]
+    clean, perturbed = losses["around"]
+    assert perturbed > clean + 1  # so it was a SAM step

@@ -10,7 +10,7 @@ from conftest import ROOT, command
 from rst.tables import read_runs
 
 # Long enough to be runs, short enough for a test: seven rows, two seeds.
-SHORT = ["epochs=1", "model.width=4", "hydra.sweeper.params.seed='0,1'"]
+SHORT = ["epochs=1", "model.width=4", "seed=0,1"]
 
 
 def reproduce(folder, *arguments):
@@ -88,6 +88,14 @@ def test_an_unknown_table_or_protocol_lists_the_choices():
         done = command(sys.executable, "scripts/reproduce.py", option, "nothing")
         assert done.returncode == 2
         assert "choose from" in done.stderr.splitlines()[-1]
+
+
+def test_a_bad_override_is_one_line(tmp_path):
+    done = reproduce(tmp_path, "epoch=3")
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: Could not override 'epoch'")
+    assert done.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_make_calls_the_script():

@@ -69,8 +69,8 @@ def test_a_job_in_a_sweep_equals_the_same_job_alone(tmp_path):
     same = sweep / single.name
     assert without_times(same) == without_times(single)
     states = [torch.load(folder / "checkpoint.pt", weights_only=True) for folder in (same, single)]
-    for key, value in states[0]["model"].items():
-        assert torch.equal(value, states[1]["model"][key]), key
+    for key, value in states[0]["training"]["model"].items():
+        assert torch.equal(value, states[1]["training"]["model"][key]), key
 
 
 def test_a_completed_run_returns_at_once_and_an_interrupted_one_resumes(
@@ -103,8 +103,8 @@ def test_a_completed_run_returns_at_once_and_an_interrupted_one_resumes(
     run_train(*broken)
     assert without_times(folder) == without_times(whole)
     states = [torch.load(path / "checkpoint.pt", weights_only=True) for path in (folder, whole)]
-    for key, value in states[0]["model"].items():
-        assert torch.equal(value, states[1]["model"][key]), key
+    for key, value in states[0]["training"]["model"].items():
+        assert torch.equal(value, states[1]["training"]["model"][key]), key
 
 
 def test_wandb_offline_holds_accuracy_and_propagations(tmp_path):
@@ -117,6 +117,7 @@ def test_wandb_offline_holds_accuracy_and_propagations(tmp_path):
     printed = subprocess.run(read, capture_output=True, text=True, check=True).stdout
     records = [json.loads(line) for line in printed.splitlines()]
     history = [record["history"]["item"] for record in records if record["type"] == "history"]
+    assert "epoch 2: train loss" in done.stdout
     logged = [(row["epoch"], row["test_accuracy"], row["propagations"]) for row in history]
     expected = [(r["epoch"], r["test_accuracy"], r["propagations"]) for r in without_times(folder)]
     assert logged == expected and len(expected) == 2
@@ -126,10 +127,39 @@ def test_precision_and_augmentation(run_train, tmp_path):
     for precision in ("bf16", "fp16"):
         run_train(
             *SHORT, "epochs=1", f"precision={precision}", f"outputs={tmp_path / precision}", "augment=cutout",
-            "augment.cutout=4", "augment.crop_padding=2", "optimizer=adamw", "optimizer.lr=1e-3",
+            "augment.cutout=4", "augment.crop_padding=2", "optimizer=adamw", "l2=0",
         )  # fmt: skip
         (result,) = results(tmp_path / precision).values()
         assert math.isfinite(result["test_loss"])
+        folder = only((tmp_path / precision).glob("digits*"))
+        state = torch.load(folder / "checkpoint.pt", weights_only=True)["training"]
+        assert ("scale" in state["scaler"]) == (precision == "fp16")
+        convolution = next(
+            value for value in state["model"].values() if value.ndim == 4 and value.shape[1] > 1
+        )
+        assert convolution.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_a_model_that_diverges_in_its_last_step_is_no_result(run_train, tmp_path):
+    """All training losses are finite: one step an epoch, and it is the update that ruins the weights."""
+    arguments = [*SHORT, "method=sgd", "clip_norm=null", "batch_size=1297", f"outputs={tmp_path}"]
+    with pytest.raises(SystemExit, match="the test loss is not finite after epoch 1"):
+        run_train(*arguments, "epochs=1", "optimizer.lr=1e30")
+    folder = only(tmp_path.glob("digits*"))
+    assert not (folder / "result.json").exists() and not (folder / "checkpoint.pt").exists()
+
+
+def test_a_damaged_file_is_named(run_train, tmp_path):
+    arguments = [*SHORT, "epochs=1", f"outputs={tmp_path}"]
+    run_train(*arguments)
+    folder = only(tmp_path.glob("digits*"))
+    (folder / "result.json").write_text("")
+    with pytest.raises(SystemExit, match=r"result.json is damaged .*: remove it"):
+        run_train(*arguments)
+    (folder / "result.json").unlink()
+    (folder / "checkpoint.pt").write_bytes(b"garbage")
+    with pytest.raises(SystemExit, match=r"checkpoint.pt is damaged: remove it"):
+        run_train(*arguments)
 
 
 def test_a_diverging_run_stops_and_keeps_the_last_good_checkpoint(run_train, tmp_path):
@@ -146,8 +176,8 @@ BAD = {
     "method=grst method.gamma=0": "gamma must be a finite number above 0, or 'matched', got 0",
     "method=grst schedule.p=0": "gamma='matched' is 1 / mean p, and this schedule has mean p = 0",
     "schedule=slow": "unknown schedule 'slow': choose from constant, linear, linear1, linear2, periodic",
-    "model=vgg99": "unknown model 'vgg99': choose from resnet18, resnet20, resnet8, timm, wrn28_10",
-    "dataset=mnist": "unknown dataset 'mnist': choose from cifar10, cifar100, digits, image_folder",
+    "model=vgg99": "unknown model 'vgg99': choose from resnet18, resnet20, resnet8, resnet8_wide, timm",
+    "dataset=mnist": "unknown dataset 'mnist': choose from cifar10, cifar10_jpeg, cifar100, digits",
     "model=timm model.name=resnt18": "unknown model 'resnt18'; closest are resnet18",
     "model=timm": "model.name must be given: add model.name=VALUE",
     "schedule=piecewise1 schedule.p=2": "boundary must be a number in [0, 1], got 2",
@@ -159,12 +189,16 @@ BAD = {
     "epoch=3": "Could not override 'epoch'",
     "precision=fp8": "precision must be one of fp32, bf16, fp16, got 'fp8'",
     "precision=fp16 method=grst method.mix=normalized": "does not commute with fp16's loss scaling",
+    "threads=0": "threads must be a whole number of at least 1, got 0",
+    "epochs=true": "epochs must be a whole number of at least 1, got True",
+    "optimizer=adamw": "both l2 and optimizer.weight_decay are set",
+    "augment=cutout": "cutout must be at most the image side 8, got 16",
     "device=cuda:99": "device=cuda:99 cannot be used",
     "dataset.label_noise=2": "label_noise must be between 0 and 1, got 2",
     "clip_norm=0": "clip_norm must be above 0",
     "+optimizer.beta=1": "unexpected keyword argument 'beta'",
     "dataset=image_folder": "no folder",
-    "dataset=cifar10 dataset.root=nowhere": "dataset=image_folder dataset.root=DIR",
+    "dataset=cifar10 dataset.root=nowhere dataset.download=false": "dataset=image_folder dataset.root=DIR",
 }
 
 
@@ -195,7 +229,7 @@ def test_image_folder_messages_reach_the_user(run_train, tmp_path):
     with pytest.raises(SystemExit, match=r"^error: cannot decode .*1\.png"):
         run_train(*arguments)
     (tmp_path / "test" / "cat").rename(tmp_path / "test" / "dog")
-    with pytest.raises(SystemExit, match=r"^error: .*(cat|dog)"):
+    with pytest.raises(SystemExit, match=r"^error: .*same classes: cat only in train/, dog only in test/"):
         run_train(*arguments)
     assert not (tmp_path / "outputs").exists()
 
