@@ -99,9 +99,7 @@ def main() -> None:
     arguments = parser.parse_args()
     os.chdir(ROOT)
     # A shortened table must not take the place of the whole one.
-    results_folder = arguments.results or (
-        f"{arguments.outputs}/results" if arguments.overrides else "results"
-    )
+    usual = f"{arguments.outputs}/results" if arguments.overrides else "results"
     os.environ["OMP_NUM_THREADS"] = "1"  # in the processes to come: two of one thread beat one of two
 
     specification: Any = OmegaConf.to_container(OmegaConf.load(CONF / "table" / f"{arguments.table}.yaml"))
@@ -133,7 +131,7 @@ def main() -> None:
     ]
     names = (specification["title"], setting)
     table = build_table(*names, rows, runs, specification["reference"], specification["baseline"])
-    folder = Path(results_folder) / arguments.protocol
+    folder = Path(arguments.results or usual) / arguments.protocol
     folder.mkdir(parents=True, exist_ok=True)
     write_runs(runs, folder / "runs.csv")
     write_table(table, folder / f"{arguments.table}.md")

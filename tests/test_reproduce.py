@@ -14,7 +14,7 @@ SHORT = ["epochs=1", "model.width=4", "seed=0,1"]
 
 
 def reproduce(folder, *arguments):
-    places = ["--outputs", folder / "outputs", "--results", folder / "results", "--jobs", 2]
+    places = ["--outputs", folder / "outputs", "--jobs", 2]
     return command(sys.executable, "scripts/reproduce.py", *places, *arguments, *SHORT)
 
 
@@ -28,7 +28,7 @@ def reproduced(tmp_path_factory):
 
 def test_writes_what_it_prints(reproduced):
     folder, done = reproduced
-    results = folder / "results" / "quick"
+    results = folder / "outputs" / "results" / "quick"
     assert sorted(p.name for p in results.iterdir()) == [
         "overview.csv",
         "overview.md",
@@ -79,7 +79,7 @@ def test_only_what_is_missing_is_run(reproduced, tmp_path):
 def test_a_failing_run_leaves_the_others_and_the_exit_code_says_so(tmp_path):
     done = reproduce(tmp_path, "optimizer.lr=1e30", "clip_norm=null")
     assert done.returncode == 1
-    assert "not run" in (tmp_path / "results" / "quick" / "overview.md").read_text()
+    assert "not run" in (tmp_path / "outputs" / "results" / "quick" / "overview.md").read_text()
     assert "the loss is not finite at step" in done.stderr
 
 

@@ -177,7 +177,7 @@ BAD = {
     "method=grst schedule.p=0": "gamma='matched' is 1 / mean p, and this schedule has mean p = 0",
     "schedule=slow": "unknown schedule 'slow': choose from constant, linear, linear1, linear2, periodic",
     "model=vgg99": "unknown model 'vgg99': choose from resnet18, resnet20, resnet8, resnet8_wide, timm",
-    "dataset=mnist": "unknown dataset 'mnist': choose from cifar10, cifar10_jpeg, cifar100, digits",
+    "dataset=mnist": "unknown dataset 'mnist': choose from cifar10, cifar100, cifar10_jpeg, digits",
     "model=timm model.name=resnt18": "unknown model 'resnt18'; closest are resnet18",
     "model=timm": "model.name must be given: add model.name=VALUE",
     "schedule=piecewise1 schedule.p=2": "boundary must be a number in [0, 1], got 2",
