@@ -1,8 +1,11 @@
 """RST as a torch optimizer: calls, counters, arguments, schedulers, state."""
 
+import copy
+import gc
 import math
 import re
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -239,3 +242,38 @@ def test_a_group_added_later():
     assert_same_bits(state(model), state(other))
     with pytest.raises(ValueError, match="rho"):
         optimizer.add_param_group({"params": [torch.nn.Parameter(torch.zeros(1))], "rho": -1.0})
+
+
+def test_a_copy_goes_on_by_itself():
+    model = network(plain=True)  # no dropout
+    optimizer = RST(sgd(model.parameters()), Constant(1.0), 10, module=model)
+    optimizer.step(lambda: loss_of(model, 0))
+    model_copy, copied = copy.deepcopy((model, optimizer))
+    for t in (1, 2):
+        optimizer.step(lambda t=t: loss_of(model, t))
+        copied.step(lambda t=t: loss_of(model_copy, t))
+    assert_same_bits(state(model), state(model_copy))
+    assert copied.propagations == optimizer.propagations == 6
+    copied.load_state_dict(optimizer.state_dict())
+    assert copied.param_groups is copied.base.param_groups is not optimizer.param_groups
+
+
+def test_a_schedule_that_gives_no_probability_is_refused():
+    for p in (1.5, -0.1, float("nan")):
+        model = network()
+        optimizer = RST(sgd(model.parameters()), lambda step, total_steps, p=p: p, 10, module=model)
+        with pytest.raises(ValueError, match="no probability"):
+            optimizer.step(lambda model=model: loss_of(model, 0))
+
+
+def test_a_finished_optimizer_is_freed_at_once():
+    model = network()
+    optimizer = RST(sgd(model.parameters()), Constant(1.0), 10, module=model)
+    optimizer.step(lambda: loss_of(model, 0))
+    gone = weakref.ref(optimizer)
+    gc.disable()
+    try:
+        del optimizer
+        assert gone() is None
+    finally:
+        gc.enable()
