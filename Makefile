@@ -16,7 +16,7 @@ readme: .venv/stamp
 	$(BIN)/python scripts/readme.py
 
 test: .venv/stamp
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 lint: .venv/stamp
 	$(BIN)/ruff format --check .
