@@ -99,8 +99,8 @@ def error_against_propagations(table: Table, path: Path) -> Figure:
         axes.set_xlabel("average propagation count η (forward-backward passes per step)")
         axes.set_ylabel("test error (%), mean and 95 % interval")
         seeds = f", n = {' to '.join(map(str, sorted({min(n), max(n)})))} seeds" if n else ""
-        setting = textwrap.fill(table.setting + seeds, 85)  # characters that fit above the axes
-        axes.set_title(f"{table.title}\n{setting}", fontsize=11)
+        setting = textwrap.fill(table.setting + seeds, 110)  # characters that fit above the axes
+        axes.set_title(f"{table.title}\n{setting}", fontsize=9)
         data = io.BytesIO()
         # Without the entry that names matplotlib's version.
         figure.savefig(data, format="png", metadata={"Software": None})

@@ -23,6 +23,8 @@ METHODS = [
     ("G-RST trigonometric", "grst", 0.5, 7.35),
 ]
 
+SETTING = "Protocol quick, dataset digits_noisy, model resnet8, augment shift, 30 epochs, batch size 64"
+
 
 def make_table(seeds=5, left_out=(), single=()):
     rng, records, rows = np.random.default_rng(0), [], []
@@ -50,7 +52,7 @@ def make_table(seeds=5, left_out=(), single=()):
             )
             if label in left_out or (label in single and seed > 0):
                 records.pop()
-    return build_table("Methods", "digits, resnet8, 30 epochs", rows, runs_frame(records))
+    return build_table("Methods", SETTING, rows, runs_frame(records))
 
 
 def drawn(figure):
@@ -107,8 +109,10 @@ def test_axes_and_title_say_what_is_shown(figure_and_table):
     (axes,) = figure_and_table[0].axes
     assert axes.get_xlabel() == "average propagation count η (forward-backward passes per step)"
     assert axes.get_ylabel().startswith("test error (%)")
-    title = "Methods on digits\ndigits, resnet8, augmentation none, 30 epochs, n = 5 seeds"
-    assert axes.get_title() == title
+    assert axes.get_title() == f"Methods\n{SETTING}, n = 5 seeds"
+    figure = figure_and_table[0]
+    title = axes.title.get_window_extent(figure.canvas.get_renderer())
+    assert figure.bbox.x0 < title.x0 and title.x1 < figure.bbox.x1 and title.y1 < figure.bbox.y1
     markers = [container.lines[0].get_marker() for container in axes.containers]
     assert len(set(markers)) == len(markers)  # told apart without colour
 

@@ -262,7 +262,7 @@ def test_table_by_hand():
         "Command": "`python train.py protocol=quick method=rst`",
     }
     assert cells(table)[1]["Difference to SAM (points)"] == "–"  # SAM to itself
-    assert "digits, resnet8, augmentation none, 30 epochs" in to_markdown(table)
+    assert to_markdown(table).startswith("# A title\n\nA setting\n\n| Method")
 
 
 def test_only_a_difference_whose_interval_excludes_zero_is_marked():
