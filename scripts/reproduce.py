@@ -18,15 +18,16 @@ from hydra.core.utils import JobReturn, JobStatus
 from hydra.types import HydraContext
 from omegaconf import OmegaConf
 
+from rst.command_line import launch as report
+from rst.command_line import one_line
+from rst.plots import error_against_propagations
+from rst.record import Run
+from rst.tables import Row, build_table, runs_frame, to_markdown, write_runs, write_table
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import train  # noqa: E402  (it lies in the root, beside this folder)
-from rst.command_line import launch as report  # noqa: E402
-from rst.command_line import one_line  # noqa: E402
-from rst.plots import error_against_propagations  # noqa: E402
-from rst.record import Run  # noqa: E402
-from rst.tables import Row, build_table, runs_frame, to_markdown, write_runs, write_table  # noqa: E402
 
 CONF = ROOT / "conf"
 
