@@ -8,10 +8,11 @@ from typing import Any
 
 import hydra
 import torch
+from hydra.conf import HydraConf
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
 from rst import checkpoint, expected_propagations, propagations_std
@@ -28,9 +29,7 @@ ROOT = Path(__file__).resolve().parent
 @hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name="train")
 @task
 def main(cfg: DictConfig) -> None:
-    with open_dict(cfg):
-        cfg.hydra = HydraConfig.get()
-    run = describe(cfg)
+    run = describe(cfg, HydraConfig.get())
     result = run.result()
     if result is not None:
         log.info("%s is complete, nothing to run", run.folder)
@@ -48,13 +47,12 @@ def main(cfg: DictConfig) -> None:
     )
 
 
-def describe(cfg: DictConfig) -> Run:
-    """The run that a composed configuration, Hydra's own part included, stands for."""
-    chosen = cfg.hydra.runtime.choices.items()
+def describe(cfg: DictConfig, hydra_cfg: HydraConf) -> Run:
+    """The run that a composed configuration and Hydra's part of it stand for."""
+    chosen = hydra_cfg.runtime.choices.items()
     choices = {str(group): str(name) for group, name in chosen if not str(group).startswith("hydra/")}
-    command = shlex.join(["python", "train.py", *cfg.hydra.overrides.task])
-    nodes = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
-    config: Any = OmegaConf.to_container(nodes, resolve=True, throw_on_missing=True)
+    command = shlex.join(["python", "train.py", *hydra_cfg.overrides.task])
+    config: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     check(config, choices)
     return Run(Path(config["outputs"]), config, choices, command)
 

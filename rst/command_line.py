@@ -16,7 +16,6 @@ from omegaconf.errors import MissingMandatoryValue
 log = logging.getLogger(__name__)
 _failures: list[Exception] = []
 
-
 # These methods are what they are by their schedule: p(t) is this number.
 FIXED_P = {"sgd": 0.0, "sam": 1.0, "asam": 1.0, "gnp": 1.0}
 
@@ -51,8 +50,7 @@ def task(function: Callable[[DictConfig], object]) -> Callable[[DictConfig], Non
         try:
             function(cfg)
         except Exception as error:
-            if isinstance(error, InstantiationException) and isinstance(error.__cause__, Exception):
-                error = error.__cause__  # which would be lost on the way back from another process
+            error = _origin(error)  # a cause would be lost on the way back from another process
             if HydraConfig.get().mode is RunMode.MULTIRUN:
                 log.error("error in %s: %s", " ".join(HydraConfig.get().overrides.task), one_line(error))
                 raise error from None
@@ -78,15 +76,20 @@ def launch(main: Callable[[], None]) -> None:
         sys.exit(f"error: {one_line(error)}")
 
 
-def one_line(error: BaseException) -> str:
+def _origin(error: Exception) -> Exception:
+    """What a node of the configuration raised, without Hydra's wrapping."""
+    wrapped = isinstance(error, InstantiationException) and isinstance(error.__cause__, Exception)
+    return error.__cause__ if wrapped else error  # type: ignore[return-value]
+
+
+def one_line(error: Exception) -> str:
     """The error's message on one line, with the choices where an option of a group is unknown."""
     if isinstance(error, MissingConfigException) and error.options is not None:
         group, _, option = str(error.missing_cfg_file).rpartition("/")
         return f"unknown {group} '{option}': choose from {', '.join(sorted(error.options))}"
     if isinstance(error, MissingMandatoryValue):
         return f"{error.full_key} must be given: add {error.full_key}=VALUE"
-    if isinstance(error, InstantiationException) and error.__cause__ is not None:
-        error = error.__cause__
+    error = _origin(error)
     message = " ".join(str(error).split())
     # Ours and Hydra's messages speak for themselves; what nobody foresaw needs its type.
     known = isinstance(error, ValueError | OSError | FloatingPointError | HydraException)

@@ -119,8 +119,8 @@ class Training:
     @torch.no_grad()
     def _try_one_image(self) -> None:
         """Fail now, before a run has files, where augmentation or model cannot take the images."""
-        order = torch.Generator().manual_seed(0)
-        image = self.augment(self.data.train_images[:1], self.data.mean, self.data.std, order)
+        generator = torch.Generator().manual_seed(0)
+        image = self.augment(self.data.train_images[:1], self.data.mean, self.data.std, generator)
         try:
             self.model.eval()(image)
         except (RuntimeError, ValueError, AssertionError) as error:

@@ -16,10 +16,9 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.types import HydraContext
-from omegaconf import OmegaConf
+from omegaconf import OmegaConf, open_dict
 
-from rst.command_line import launch as report
-from rst.command_line import one_line
+from rst.command_line import launch, one_line
 from rst.plots import error_against_propagations
 from rst.record import Run
 from rst.tables import Row, build_table, runs_frame, to_markdown, write_runs, write_table
@@ -56,7 +55,10 @@ def cells_of(overrides: list[str]) -> list[Cell]:
     cells = []
     for seed in seeds:
         cell = [*others, f"seed={seed}"]
-        cells.append(Cell(cell, train.describe(compose("train", cell, return_hydra_config=True))))
+        cfg = compose("train", cell, return_hydra_config=True)
+        with open_dict(cfg):
+            hydra_cfg = cfg.pop("hydra")
+        cells.append(Cell(cell, train.describe(cfg, hydra_cfg)))
     return cells
 
 
@@ -74,7 +76,7 @@ def setting_of(run: Run, protocol: str) -> str:
     return ", ".join([*parts, f"{run.config['epochs']} epochs", f"batch size {run.config['batch_size']}"])
 
 
-def launch(batch: list[list[str]], launcher: str, jobs: int, place: list[str]) -> Sequence[JobReturn]:
+def run_batch(batch: list[list[str]], launcher: str, jobs: int, place: list[str]) -> Sequence[JobReturn]:
     """Give the jobs to a Hydra launcher, as `python train.py -m` does with those of a grid."""
     overrides = ["hydra.mode=MULTIRUN", f"hydra/launcher={launcher}", "hydra/hydra_logging=none", *place]
     if launcher == "joblib":
@@ -117,7 +119,7 @@ def main() -> None:
         missing = [cell.overrides for cell in all_cells if cell.run.result() is None]
         print(f"{len(all_cells)} runs, {len(missing)} of them to do", flush=True)
         if missing:
-            returns = launch(missing, arguments.launcher, arguments.jobs, place)
+            returns = run_batch(missing, arguments.launcher, arguments.jobs, place)
             failures = [job for job in returns if job.status is not JobStatus.COMPLETED]
 
     results = [cell.run.result() for cell in all_cells]
@@ -146,4 +148,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    report(main)
+    launch(main)
