@@ -15,11 +15,13 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
-from rst import checkpoint, expected_propagations, propagations_std
+from rst import Warmup, checkpoint, expected_propagations, propagations_std
 from rst.command_line import check, launch, task
 from rst.data import steps_per_epoch
 from rst.draws import draw
 from rst.engine import Training, cpu_threads, pick_device
+from rst.listing import listing
+from rst.lr_schedule import with_warmup
 from rst.record import Run, peak_memory_bytes, provenance, reset_peak_memory, summarize
 
 log = logging.getLogger("train")
@@ -67,19 +69,23 @@ def train(run: Run, verbose: bool) -> dict[str, Any]:
     device = pick_device(config["device"])
     made_with = provenance(device)
     reset_peak_memory(device)
-    schedule = build("schedule")
+    schedule, lr_factor = build("schedule"), build("lr_schedule")
     data = build("dataset").to(device)
-    total_steps = config["epochs"] * steps_per_epoch(data, config["batch_size"])
+    epoch_steps = steps_per_epoch(data, config["batch_size"])
+    total_steps = config["epochs"] * epoch_steps
+    if warmup := config["warmup_epochs"]:
+        schedule = Warmup(schedule, warmup * epoch_steps)
+        lr_factor = with_warmup(lr_factor, warmup / config["epochs"])
 
     torch.manual_seed(draw(config["seed"], "init"))
-    _, channels, height, _ = data.train_images.shape
-    model = build("model")(num_classes=len(data.classes), in_chans=channels, image_size=height)
+    _, channels, height, width = data.train_images.shape
+    model = build("model")(num_classes=len(data.classes), in_chans=channels, image_size=(height, width))
     layout = torch.channels_last if config["channels_last"] else torch.preserve_format
     model = model.to(device, memory_format=layout)
     base = build("optimizer")(model.parameters())
     optimizer = build("method")(base, schedule, total_steps, module=model, seed=config["seed"])
     settings = {key: config[key] for key in ("epochs", "batch_size", "seed", "l2", "clip_norm", "precision")}
-    training = Training(model, optimizer, build("lr_schedule"), data, build("augment"), **settings)
+    training = Training(model, optimizer, lr_factor, data, build("augment"), **settings)
     tracker = build("tracker")(
         run_name=run.name, group="-".join(run.labels), tags=run.labels, folder=run.folder, config=config
     )
@@ -123,6 +129,9 @@ def train(run: Run, verbose: bool) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
+    if "--list" in sys.argv[1:]:
+        print(listing(ROOT / "conf"))
+        sys.exit()
     import train as importable  # for launchers: other processes can import this module, but not __main__
 
     launch(importable.main)

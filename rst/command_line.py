@@ -10,7 +10,7 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, InstantiationException, MissingConfigException
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue
 
 log = logging.getLogger(__name__)
@@ -22,10 +22,20 @@ FIXED_P = {"sgd": 0.0, "sam": 1.0, "asam": 1.0, "gnp": 1.0}
 
 def check(config: dict[str, Any], choices: dict[str, str]) -> None:
     """Refuse what the parts themselves would not, or only after minutes of loading data."""
-    for key, least in {"seed": 0, "epochs": 1, "batch_size": 1, "threads": 1}.items():
+    for key, least in {"seed": 0, "epochs": 1, "batch_size": 1, "threads": 1, "warmup_epochs": 0}.items():
         value = 1 if key == "threads" and config[key] is None else config[key]
         if type(value) is not int or value < least:
             raise ValueError(f"{key} must be a whole number of at least {least}, got {value!r}")
+    if choices["protocol"] == "paper" and choices["recipe"] == "none":
+        raise ValueError(
+            f"protocol=paper has no recipe for model={choices['model']} on ImageNet: choose a resnet or vgg"
+        )
+    if config["warmup_epochs"] >= config["epochs"]:
+        raise ValueError(
+            f"warmup_epochs={config['warmup_epochs']} must be less than epochs={config['epochs']}"
+        )
+    for key in {"num_classes", "in_chans", "image_size"} & config["model"].keys():
+        raise ValueError(f"model.{key} follows from the data set: leave it out")
     if config["l2"] and config["optimizer"].get("weight_decay"):
         raise ValueError("both l2 and optimizer.weight_decay are set: set one of the two to 0")
     p = FIXED_P.get(choices["method"])
@@ -36,6 +46,26 @@ def check(config: dict[str, Any], choices: dict[str, str]) -> None:
             f"method={choices['method']} takes a SAM step {'always' if p else 'never'}, which contradicts "
             f"{given}: leave the schedule out, or use method=rst or method=grst"
         )
+
+
+def recipe(protocol: str | None, dataset: str, model: str, augment: str) -> str:
+    """The option of conf/recipe for these choices: a column of the paper's table of recipes, or "none"."""
+    if protocol != "paper":
+        return "none"
+    if dataset == "imagenet":
+        families = ("resnet", "vgg")
+        return next((f"imagenet_{family}" for family in families if model.startswith(family)), "none")
+    if model.startswith("vit_"):
+        return "cifar_vit_mixup" if "mixup" in augment else "cifar_vit"
+    for family in ("shakedrop", "shakeshake"):
+        if model.endswith(family):
+            return f"cifar_{family}"
+    return "cifar_cnn"
+
+
+OmegaConf.register_new_resolver(
+    "recipe", recipe, replace=True
+)  # here, for processes that only unpickle a task
 
 
 def task(function: Callable[[DictConfig], object]) -> Callable[[DictConfig], None]:

@@ -114,18 +114,8 @@ class Training:
         self.initial_lrs = [group["lr"] for group in optimizer.param_groups]
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
         self.metrics: list[dict[str, Any]] = []
-        self._try_one_image()
-
-    @torch.no_grad()
-    def _try_one_image(self) -> None:
-        """Fail now, before a run has files, where augmentation or model cannot take the images."""
-        generator = torch.Generator().manual_seed(0)
-        image = self.augment(self.data.train_images[:1], self.data.mean, self.data.std, generator)
-        try:
-            self.model.eval()(image)
-        except (RuntimeError, ValueError, AssertionError) as error:
-            shape = "×".join(map(str, image.shape[1:]))
-            raise ValueError(f"the model cannot take images of {shape}: {error}") from error
+        _, channels, height, width = data.train_images.shape
+        augment.check(channels, height, width, batch_size, not isinstance(data.train_images, Tensor))
 
     def run(self, on_step: Callable[[], object] = lambda: None) -> Iterator[dict[str, Any]]:
         """Train the epochs that are left, yielding each one's metrics (times in seconds, loss in nats).
@@ -164,7 +154,9 @@ class Training:
             step = epoch * self.steps_per_epoch + index
             loss, logits = self._step(images, labels, step)
             loss_sum += loss
-            n_correct += (logits.argmax(1) == labels).sum()
+            # Of mixed labels, the image's own: it has at least half of the weight.
+            own = labels if labels.ndim == 1 else labels.argmax(1)
+            n_correct += (logits.argmax(1) == own).sum()
             first_bad = torch.where((first_bad < 0) & ~loss.isfinite(), step, first_bad)
             on_step()
         bad_step = int(first_bad)  # waits for the device, so the time is the epoch's

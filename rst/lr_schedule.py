@@ -1,7 +1,7 @@
 """Learning-rate factors as functions of the run's progress in [0, 1] (steps done / total steps)."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 
 def cosine(progress: float) -> float:
@@ -17,3 +17,14 @@ def step(progress: float, milestones: Sequence[float] = (0.5, 0.75), factor: flo
 def constant(progress: float) -> float:
     """1."""
     return 1.0
+
+
+def with_warmup(factor: Callable[[float], float], warmup: float) -> Callable[[float], float]:
+    """A linear ramp from 0 to 1 over the share `warmup` of the run, then all of `factor` over the rest."""
+
+    def ramped(progress: float) -> float:
+        if progress < warmup:
+            return progress / warmup
+        return factor((progress - warmup) / (1 - warmup))
+
+    return ramped

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
-from rst.passes import frozen_batchnorm, random_state, refuse_zeroing, set_random_state
+from rst.passes import frozen_batchnorm, random_state, refuse_zeroing, set_random_state, true_gradient
 from rst.schedule import Schedule, expected_propagations, uniform
 
 
@@ -42,7 +42,10 @@ class RST(torch.optim.Optimizer):
     It shares `param_groups` and `state` with its base, so learning-rate schedulers and `GradScaler` work as
     with any optimizer; loss scaling cancels in ε. Gradient accumulation is a loop inside the closure. In a
     SAM step both passes see the same random numbers (dropout), BatchNorm statistics move in the clean pass
-    only, and θ comes back bit for bit, also when the closure raises.
+    only, and θ comes back bit for bit, also when the closure raises. A submodule with an attribute
+    `true_gradient` (ShakeDrop, Shake-Shake in `rst.models.shake`) has it set to True during the clean pass of
+    a SAM step, for which it then computes its true gradient; in the perturbed pass and in plain steps it
+    computes whatever gradient it is made for.
 
     During the perturbed pass `parameter.data` is a second tensor, so nothing may hold on to the storage of
     the parameters (views into one flat buffer, say) across a call.
@@ -61,8 +64,8 @@ class RST(torch.optim.Optimizer):
         sync_perturbation: under DistributedDataParallel, average ∇L(θ) over the ranks before ε is taken.
             Otherwise each rank perturbs along its own gradient and a SAM step all-reduces once, as the
             authors do (m-sharpness).
-        module: the model, for its BatchNorm layers and its `no_sync`. Without it, BatchNorm statistics
-            move in both passes.
+        module: the model, for its BatchNorm layers, its `true_gradient` attributes and its `no_sync`. Without
+            it, BatchNorm statistics move in both passes.
         seed: of the coin; the same on every rank.
 
     Raises:
@@ -180,7 +183,8 @@ class RST(torch.optim.Optimizer):
         devices = {p.device for p in self._parameters()}
         before = random_state(devices)
         local = hasattr(self.module, "no_sync") and not self.sync_perturbation
-        with self.module.no_sync() if local else nullcontext():  # type: ignore[union-attr, operator]
+        sync = self.module.no_sync() if local else nullcontext()  # type: ignore[union-attr, operator]
+        with true_gradient(self.module), sync:
             loss = self._clean_pass(closure)
         after = random_state(devices)
         perturbed = self._write_perturbed()

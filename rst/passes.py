@@ -1,6 +1,6 @@
 """What the two passes of a SAM step must share, and what only the clean one may change."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -15,16 +15,40 @@ def frozen_batchnorm(module: nn.Module | None) -> Iterator[None]:
     """
     layers = [
         layer
-        for layer in (module.modules() if module is not None else ())
+        for layer in _modules(module)
         if isinstance(layer, nn.modules.batchnorm._BatchNorm) and layer.training and layer.track_running_stats
     ]
-    for layer in layers:
-        layer.track_running_stats = False
+    with _set(layers, "track_running_stats", False):
+        yield
+
+
+@contextmanager
+def true_gradient(module: nn.Module | None) -> Iterator[None]:
+    """Submodules with an attribute `true_gradient` have it True, and what it was before on leaving.
+
+    Such modules compute something else in their backward pass than the derivative of their forward pass,
+    unless it is True. May be nested.
+    """
+    with _set(
+        [layer for layer in _modules(module) if hasattr(layer, "true_gradient")], "true_gradient", True
+    ):
+        yield
+
+
+def _modules(module: nn.Module | None) -> Iterable[nn.Module]:
+    return module.modules() if module is not None else ()
+
+
+@contextmanager
+def _set(layers: Sequence[nn.Module], name: str, value: bool) -> Iterator[None]:
+    before = [getattr(layer, name) for layer in layers]
     try:
+        for layer in layers:
+            setattr(layer, name, value)
         yield
     finally:
-        for layer in layers:
-            layer.track_running_stats = True
+        for layer, old in zip(layers, before, strict=True):
+            setattr(layer, name, old)
 
 
 @contextmanager

@@ -24,8 +24,17 @@ SCHEMA = 1
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 
 # What cannot change a run's result is no part of its identity. `dataset.root` is where the data lie, not
-# what they are: image_folder's `name` says that.
-NOT_IDENTITY = ("device", "outputs", "tracker", "dataset.root", "dataset.download")
+# what they are: image_folder's `name` says that. `rho` is what `method.rho` takes its value from.
+NOT_IDENTITY = (
+    "device",
+    "outputs",
+    "rho",
+    "tracker",
+    "dataset.root",
+    "dataset.download",
+    "dataset.in_memory",
+    "dataset.workers",
+)
 
 
 def identity(config: Mapping[str, Any]) -> str:

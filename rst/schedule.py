@@ -171,6 +171,22 @@ class Periodic:
         return n_sam, n_sam
 
 
+@dataclass(frozen=True)
+class Warmup:
+    """Plain steps for the first `steps` of a run, then `schedule`, which counts from step 0 all the same."""
+
+    schedule: Schedule
+    steps: int
+
+    def __call__(self, step: int, total_steps: int) -> float:
+        return 0.0 if step < self.steps else self.schedule(step, total_steps)
+
+    def moments(self, total_steps: int) -> tuple[float, float]:
+        total, squares = _moments(self.schedule, total_steps)
+        left_out = [self.schedule(step, total_steps) for step in range(min(self.steps, total_steps))]
+        return total - math.fsum(left_out), squares - math.fsum(p * p for p in left_out)
+
+
 def _ends(p: float, rising: bool) -> tuple[float, float]:
     _check_unit_interval(p=p)
     low, high = max(0.0, 2 * p - 1), min(1.0, 2 * p)

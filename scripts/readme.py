@@ -1,10 +1,14 @@
-"""Fill in README.md's tables from results/ (`make readme`)."""
+"""Fill in README.md's tables from results/ and conf/ (`make readme`)."""
 
 import re
 from pathlib import Path
 
+import rst.command_line  # noqa: F401  registers the resolver that conf/train.yaml uses
+from rst.listing import SIZE, model_table
+
 ROOT = Path(__file__).resolve().parent.parent
 MARKED = re.compile(r"(<!-- table:(\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+MODELS = re.compile(r"(<!-- models -->\n).*?(<!-- end -->)", re.DOTALL)
 COLUMNS = ("Method", "Test error, last epoch (%)", "Difference to SAM (points)", "η measured", "Time / SGD's")
 
 
@@ -33,6 +37,12 @@ def section(name: str, markdown: str) -> str:
     )
 
 
+def models() -> str:
+    """The table of `python train.py --list`."""
+    rows = [f"| `{name}` | {size} | {comment} |" for name, size, comment in model_table(ROOT / "conf")]
+    return "\n".join([f"| `model=` | {SIZE} | |", "|:--|--:|:--|", *rows, ""])
+
+
 def main() -> None:
     readme = ROOT / "README.md"
 
@@ -40,7 +50,8 @@ def main() -> None:
         markdown = (ROOT / "results" / f"{match[2]}.md").read_text()
         return match[1] + section(match[2], markdown) + match[3]
 
-    readme.write_text(MARKED.sub(fill, readme.read_text()))
+    text = MARKED.sub(fill, readme.read_text())
+    readme.write_text(MODELS.sub(lambda match: match[1] + models() + match[2], text))
 
 
 if __name__ == "__main__":

@@ -48,7 +48,13 @@ def test_command(command, run_train, tmp_path, cifar10_root, cifar100_root, flow
     shorter = ["epochs=1", f"outputs={tmp_path / 'outputs'}"]
     if "--multirun" in arguments or "-m" in arguments:
         shorter += [] if any(a.startswith("seed=") for a in arguments) else ["seed=0"]
-    if "dataset=image_folder" in arguments:
+    if "dataset=imagenet" in arguments:
+        for split in ("train", "val"):
+            (tmp_path / "imagenet").mkdir(exist_ok=True)
+            (tmp_path / "imagenet" / split).symlink_to(flowers / "train")
+        arguments[arguments.index("dataset.root=/data/imagenet")] = f"dataset.root={tmp_path / 'imagenet'}"
+        shorter += ["batch_size=12", "dataset.image_size=64", "dataset.workers=0"]
+    elif "dataset=image_folder" in arguments:
         arguments[arguments.index("dataset.root=data/flowers")] = f"dataset.root={flowers}"
         shorter += ["batch_size=12"]
     elif "protocol=quick" not in arguments:
@@ -57,6 +63,10 @@ def test_command(command, run_train, tmp_path, cifar10_root, cifar100_root, flow
         shorter += ["dataset.train_size=50"]
     if "model=wrn28_10" in arguments:
         shorter += ["model.width=16"]
+    elif "model=pyramidnet272_shakedrop" in arguments:
+        shorter += ["model.alpha=3", "dataset.train_size=100"]
+    elif "model=vit_small" in arguments:
+        shorter += ["+model.depth=1", "warmup_epochs=0"]
     elif not any(a.startswith(("model=", "protocol=")) for a in arguments):
         shorter += ["model=resnet8", "model.width=4"]
     if "tracker=wandb" in arguments:
@@ -96,3 +106,21 @@ def test_the_table_is_the_committed_one():
             shown = subprocess.run(show, cwd=ROOT, capture_output=True, text=True)
             markdown = shown.stdout if shown.returncode == 0 else markdown
         assert match[0] == match[1] + readme.section(match[2], markdown) + match[3]
+
+
+def test_the_table_of_models_is_the_current_one():
+    (match,) = readme.MODELS.finditer(TEXT)
+    assert match[0] == match[1] + readme.models() + match[2]
+    listed = {line.split("`")[1] for line in match[0].splitlines()[2:] if line.startswith("| `")}
+    assert listed == {path.stem for path in (ROOT / "conf" / "model").glob("*.yaml")}
+
+
+def test_list():
+    done = train_command("--list")
+    assert done.returncode == 0, done.stderr
+    for option in ("wrn28_10", "36 220 634", "cifar100", "autoaugment", "grst", "trigonometric", "paper"):
+        assert option in done.stdout
+    for path in (ROOT / "conf").glob("*/*.yaml"):
+        if path.parent.name not in ("table", "recipe"):
+            line = next(line for line in done.stdout.splitlines() if line.split()[:1] == [path.stem])
+            assert len(line.split()) > 2, f"{path} begins with no comment"

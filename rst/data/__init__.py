@@ -1,10 +1,11 @@
-"""Data sets held as uint8 tensors, and the batched augmentation that feeds a training step."""
+"""Data sets, in memory or streamed, and the batched augmentation that feeds a training step."""
 
 from rst.data.augment import Augment, normalize
 from rst.data.batches import steps_per_epoch, test_batches, train_batches
 from rst.data.cifar import cifar10, cifar100
 from rst.data.digits import digits
 from rst.data.image_folder import image_folder
+from rst.data.imagenet import imagenet
 from rst.data.images import ImageData
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "cifar100",
     "digits",
     "image_folder",
+    "imagenet",
     "normalize",
     "steps_per_epoch",
     "test_batches",

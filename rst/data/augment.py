@@ -1,9 +1,15 @@
-"""Flip, crop and cutout for a whole batch of uint8 images at once, drawn for each image on its own."""
+"""Augmentation of a whole batch of uint8 images at once, drawn for each image on its own."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from scipy.special import betaincinv
+
+from rst import draws
+from rst.data.autoaugment import POLICIES, autoaugment
+
+LARGE = 64  # pixels of the shorter side from which an image is taken for one of ImageNet's kind
 
 
 def normalize(
@@ -14,54 +20,130 @@ def normalize(
     return images.float().sub_(255 * mean[:, None, None]).mul_(1 / (255 * std[:, None, None]))
 
 
+# What an image draws in an epoch, a row each, used or not, so that no part shifts another's.
+# Append, never reorder: the draws are part of every recorded result.
+DRAWS = (
+    "flip",
+    "top",
+    "left",
+    "cutout_y",
+    "cutout_x",
+    "mixup",
+    "resized_crop",
+    *[f"autoaugment{i}" for i in range(5)],
+)
+
+
+def draw_augmentation(seed: int, epoch: int, n_images: int) -> torch.Tensor:
+    """What `Augment` draws for each of a training set's images: int64 [draws, images] on the CPU.
+
+    A function of (seed, epoch, image) alone, whatever batch the image is in and whoever prepares it. 62 bits
+    each, so that `%` is uniform to 1 in 10^16.
+    """
+    shape = (len(DRAWS), n_images)
+    return torch.randint(2**62, shape, generator=draws.generator(seed, "augment", epoch))
+
+
 @dataclass(frozen=True)
 class Augment:
-    """Random changes to a training batch, each drawn independently for every image, then `normalize`.
+    """Random changes to a training batch, each drawn independently for every image, and `normalize`.
 
-    `flip`: mirrored left-right with probability 1/2. `crop_padding`: padded by reflection by that many
-    pixels, then cropped back to its size, row and column offsets uniform on 0..2·crop_padding. `cutout`: a
-    square of that side set to 0, the mean after normalization; its centre is uniform over the pixels and
-    what lies outside the image is lost.
+    In this order: `random_resized_crop`: a rectangle of 8 to 100 % of the area and an aspect ratio of 3/4 to
+    4/3, resized (Szegedy et al. 2015), where images are streamed from files. `autoaugment`: the policy,
+    "cifar10" or "imagenet", or "auto" for the latter from 64 pixels on (Cubuk et al. 2019). `flip`: mirrored
+    left-right with probability 1/2. `crop_padding`: padded by reflection by that many pixels, then cropped
+    back to its size, row and column offsets uniform on 0..2·crop_padding. `cutout`: a square of that side set
+    to 0, the mean after normalization; its centre is uniform over the pixels and what lies outside the image
+    is lost (DeVries & Taylor 2017). `mixup`: α > 0 mixes each image with that at its place in the reversed
+    batch, see `mix` (Zhang et al. 2018); 0 does not.
 
-    Calling it raises ValueError when the padding is not smaller than the image's shorter side (there is
-    nothing to reflect), or the cutout larger than it (most images would be blank).
+    `per_batch`: one cutout square and one mixup weight for a whole batch, those of its first image, as the
+    paper's authors do.
     """
 
     flip: bool = False
     crop_padding: int = 0
     cutout: int = 0
+    autoaugment: str | None = None
+    mixup: float = 0.0
+    random_resized_crop: bool = False
+    per_batch: bool = False
 
     def __post_init__(self) -> None:
         for name in ("crop_padding", "cutout"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is in pixels and must be at least 0, got {getattr(self, name)}")
+        if self.mixup < 0:
+            raise ValueError(f"mixup is α of Beta(α, α), or 0 for none, got {self.mixup}")
+        choices = ("auto", *POLICIES)
+        if self.autoaugment is not None and self.autoaugment not in choices:
+            raise ValueError(
+                f"autoaugment must be null or one of {', '.join(choices)}, got {self.autoaugment}"
+            )
+
+    def check(self, channels: int, height: int, width: int, batch_size: int, streamed: bool) -> None:
+        """Raises ValueError where images of this shape, in memory or streamed, cannot be augmented so."""
+        side = min(height, width)
+        if self.crop_padding >= side:  # there is nothing to reflect
+            raise ValueError(f"crop_padding must be less than the image side {side}, got {self.crop_padding}")
+        if self.cutout > side:  # most images would be blank
+            raise ValueError(f"cutout must be at most the image side {side}, got {self.cutout}")
+        if self.autoaugment and channels != 3:
+            raise ValueError(f"autoaugment needs RGB images, and these have {channels} channel(s)")
+        if self.mixup and batch_size < 2:
+            raise ValueError(
+                f"mixup mixes the images of a batch and needs at least 2, got batch_size={batch_size}"
+            )
+        if self.random_resized_crop and not streamed:
+            raise ValueError(
+                "random_resized_crop takes its crops from the files, and these images are held in memory: "
+                "choose another augment, or dataset=image_folder with dataset.in_memory=false"
+            )
 
     def __call__(
         self,
         images: torch.Tensor,
         mean: torch.Tensor | Sequence[float],
         std: torch.Tensor | Sequence[float],
-        generator: torch.Generator,
+        bits: torch.Tensor,
     ) -> torch.Tensor:
-        """uint8 [B, C, H, W] to float32 [B, C, H, W], contiguous, on the same device; `generator` is the
-        CPU's whatever the device, so that one seed gives one augmentation everywhere."""
-        side = min(images.shape[-2:])
-        if self.crop_padding >= side:
-            raise ValueError(f"crop_padding must be less than the image side {side}, got {self.crop_padding}")
-        if self.cutout > side:
-            raise ValueError(f"cutout must be at most the image side {side}, got {self.cutout}")
-        # A row for each draw, made whether the part is on or off, so that none shifts another's. Add new
-        # parts at the end. 62 bits, so that `%` is uniform to 1 in 10^16.
-        bits = torch.randint(2**62, (5, len(images)), generator=generator)
-        flip, top, left, cutout_y, cutout_x = bits.to(images.device, non_blocking=True)
+        """uint8 [B, C, H, W] to float32 [B, C, H, W], contiguous, on the same device; `bits` [draws, B] are
+        the images' columns of `draw_augmentation`."""
+        if self.autoaugment:
+            policy = self.autoaugment
+            if policy == "auto":
+                policy = "cifar10" if min(images.shape[-2:]) < LARGE else "imagenet"
+            images = autoaugment(images, policy, bits[-5:])
+        flip, top, left, cutout_y, cutout_x = bits[:5].to(images.device, non_blocking=True)
         if self.flip or self.crop_padding:
             images = self._flip_and_crop(images, flip % 2 == 0, top, left)
         batch = normalize(images, mean, std)
         if self.cutout:
+            if self.per_batch:
+                cutout_y, cutout_x = cutout_y[:1], cutout_x[:1]
             height, width = images.shape[-2:]
             rows, columns = self._cut(cutout_y % height, height), self._cut(cutout_x % width, width)
             batch *= 1 - rows[:, None, :, None] * columns[:, None, None, :]
         return batch
+
+    def mix(
+        self, batch: torch.Tensor, labels: torch.Tensor, n_classes: int, bits: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mixup of a normalized batch: λ·x + (1 − λ)·x', with x' the reversed batch, λ ~ Beta(α, α) and then
+        max(λ, 1 − λ), so that an image keeps at least half of itself.
+
+        Labels become probabilities, float32 [B, classes]: λ for the image's own, 1 − λ for its partner's.
+        """
+        uniform = bits[DRAWS.index("mixup")].double() / 2**62
+        weight = torch.from_numpy(betaincinv(self.mixup, self.mixup, uniform.numpy()))
+        weight = torch.maximum(weight, 1 - weight)
+        weight = (weight[:1].expand(len(labels)) if self.per_batch else weight).float()
+        weight = weight.to(batch.device, non_blocking=True)
+        partners = batch.flip(0)
+        targets = torch.zeros(len(labels), n_classes, device=batch.device)
+        targets.scatter_(1, labels[:, None], weight[:, None])
+        targets.scatter_add_(1, labels.flip(0)[:, None], 1 - weight[:, None])
+        return torch.lerp(partners, batch, weight[:, None, None, None]), targets
 
     def _flip_and_crop(
         self, images: torch.Tensor, mirrored: torch.Tensor, top: torch.Tensor, left: torch.Tensor

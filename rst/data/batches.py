@@ -1,14 +1,14 @@
-"""Batches whose order and augmentation follow from (seed, epoch, step), so a run resumes at any of them."""
+"""Batches whose order and augmentation follow from (seed, epoch), so a run resumes at any of them."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
+from torch import Tensor
 
 from rst import draws
-from rst.data.augment import Augment, normalize
+from rst.data.augment import DRAWS, Augment, draw_augmentation, normalize
+from rst.data.image_files import ImageFiles
 from rst.data.images import ImageData
-
-Batch = tuple[torch.Tensor, torch.Tensor]
 
 
 def steps_per_epoch(data: ImageData, batch_size: int) -> int:
@@ -21,29 +21,45 @@ def steps_per_epoch(data: ImageData, batch_size: int) -> int:
 
 def train_batches(
     data: ImageData, batch_size: int, augment: Augment, seed: int, epoch: int, start: int = 0
-) -> Iterator[Batch]:
-    """One epoch of (float32 images [B, C, H, W], labels [B]) from batch `start` on, on the data's device.
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """One epoch of (images, labels) from batch `start` on, on the data's device.
 
-    The order is drawn by (seed, epoch), the augmentation by (seed, step), step counted from the first
-    epoch's first batch. The images left over after the last full batch wait for another epoch's order.
+    Images are float32 [B, C, H, W]; labels int64 [B], or with mixup probabilities, float32 [B, classes].
+    The order is drawn by (seed, epoch), an image's augmentation by (seed, epoch, image). The images left
+    over after the last full batch wait for another epoch's order.
     """
     steps = steps_per_epoch(data, batch_size)
     device = data.train_images.device
-    order = torch.randperm(len(data.train_labels), generator=draws.generator(seed, "order", epoch)).to(device)
+    n = len(data.train_labels)
+    order = torch.randperm(n, generator=draws.generator(seed, "order", epoch))
+    bits = draw_augmentation(seed, epoch, n)
     mean, std = torch.tensor(data.mean, device=device), torch.tensor(data.std, device=device)
-    for i in range(start, steps):
-        indices = order[i * batch_size : (i + 1) * batch_size]
-        # Not images[indices]: index_select copies whole images, 8 times as fast on a CPU.
-        images = data.train_images.index_select(0, indices)
-        generator = draws.generator(seed, "augment", epoch * steps + i)
-        yield augment(images, mean, std, generator), data.train_labels[indices]
+    batches = [order[i * batch_size : (i + 1) * batch_size] for i in range(start, steps)]
+    crops = bits[DRAWS.index("resized_crop")] if augment.random_resized_crop else None
+    for chosen, images in zip(batches, _take(data.train_images, batches, crops), strict=True):
+        own_bits = bits[:, chosen]
+        batch = augment(images, mean, std, own_bits)
+        labels = data.train_labels[chosen.to(device, non_blocking=True)]
+        if augment.mixup:
+            batch, labels = augment.mix(batch, labels, len(data.classes), own_bits)
+        yield batch, labels
 
 
-def test_batches(data: ImageData, batch_size: int) -> Iterator[Batch]:
+def test_batches(data: ImageData, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
     """All test images in order, normalized only; the last batch may be smaller."""
     device = data.test_images.device
     mean, std = torch.tensor(data.mean, device=device), torch.tensor(data.std, device=device)
-    for images, labels in zip(
-        data.test_images.split(batch_size), data.test_labels.split(batch_size), strict=True
-    ):
+    batches = torch.arange(len(data.test_labels)).split(batch_size)
+    taken = _take(data.test_images, batches, None)
+    for images, labels in zip(taken, data.test_labels.split(batch_size), strict=True):
         yield normalize(images, mean, std), labels
+
+
+def _take(images: Tensor | ImageFiles, batches: Sequence[Tensor], crops: Tensor | None) -> Iterator[Tensor]:
+    """The images of each batch of indices, uint8 [B, C, H, W]."""
+    if isinstance(images, ImageFiles):
+        yield from images.batches(batches, crops)
+        return
+    for chosen in batches:
+        # Not images[chosen]: index_select copies whole images, 8 times as fast on a CPU.
+        yield images.index_select(0, chosen.to(images.device, non_blocking=True))

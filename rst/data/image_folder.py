@@ -1,6 +1,7 @@
-"""One's own images, train/<class>/* and test/<class>/*, decoded once into a cached uint8 array."""
+"""One's own images, train/<class>/* and test/<class>/*: decoded once into a cached array, or streamed."""
 
 import contextlib
+import functools
 import hashlib
 import logging
 import os
@@ -8,7 +9,7 @@ import zipfile
 from collections.abc import Callable
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -16,12 +17,18 @@ from filelock import FileLock
 from PIL import Image, ImageOps
 
 from rst.data import images
+from rst.data.image_files import ImageFiles, cpu_cores
 from rst.data.images import ImageData
 
 log = logging.getLogger(__name__)
 
 EXTENSIONS = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+MEMORY_SHARE = 0.25  # of the machine's memory that decoded images may take
 DECODER = 1  # count it up when decoded pixels change: caches written before are then stale
+
+
+Arrays = dict[str, np.ndarray]
+T = TypeVar("T")
 
 
 class _File(NamedTuple):
@@ -38,6 +45,8 @@ def image_folder(
     train_size: int | None = None,
     validation: bool = False,
     seed: int = 0,
+    in_memory: bool | Literal["auto"] = "auto",
+    workers: int | None = None,
 ) -> ImageData:
     """Images from `root`/train/<class>/* and `root`/test/<class>/*, sorted by class and file name.
 
@@ -50,11 +59,16 @@ def image_folder(
     stratified part of the rest; `seed` draws both. `name` is a label and changes nothing here: it identifies
     the data set in a run, since the path differs from machine to machine.
 
+    `in_memory` "auto" holds the decoded images in memory if they take at most a quarter of the machine's.
+    Otherwise, or with false, `workers` processes decode the files anew in each epoch, to the same pixels.
+
     Raises FileNotFoundError when a folder or its images are missing, ValueError when a file cannot be
     decoded, sizes differ, or train/ and test/ have different classes.
     """
     if image_size is not None and image_size < 1:
         raise ValueError(f"image_size is in pixels and must be at least 1, got {image_size}")
+    if in_memory not in (True, False, "auto"):
+        raise ValueError(f"in_memory must be auto, true or false, got {in_memory!r}")
     folder = Path(root).expanduser()
     train, test = _scan(folder, "train"), _scan(folder, "test")
     train_classes, test_classes = {file.class_name for file in train}, {file.class_name for file in test}
@@ -65,16 +79,26 @@ def image_folder(
     label_of = {name: label for label, name in enumerate(classes)}
 
     files = train + test
+    if in_memory == "auto":
+        size = 3 * image_size**2 if image_size else _open(files[0].path, None)[0].nbytes
+        in_memory = len(files) * size <= MEMORY_SHARE * _memory()
     listing = [(str(file.path.relative_to(folder)), file.size, file.modified) for file in files]
-    pixels = torch.from_numpy(
-        _cached(
-            folder / ".rst-cache" / f"{image_size or 'original'}.npz",
-            hashlib.sha256(repr((DECODER, image_size, listing)).encode()).hexdigest(),
-            lambda: _decode([file.path for file in files], image_size),
+    fingerprint = hashlib.sha256(repr((DECODER, image_size, listing)).encode()).hexdigest()
+    cache = folder / ".rst-cache" / f"{image_size or 'original'}{'' if in_memory else '-streamed'}.npz"
+    pixels: torch.Tensor | ImageFiles
+    if in_memory:
+        made = _cached(cache, fingerprint, lambda: {"images": _decode(files, image_size)})
+        pixels = torch.from_numpy(made["images"])
+        mean, std = images.channel_statistics(pixels[: len(train)])
+    else:
+        made = _cached(cache, fingerprint, lambda: _survey(files, image_size, len(train)))
+        mean, std = images.statistics_of_counts(made["counts"])
+        height, width = map(int, made["size"])
+        mode = "L" if len(mean) == 1 else "RGB"
+        pixels = ImageFiles(
+            _Files(files), torch.arange(len(files)), (height, width), _fit(image_size), mode, workers
         )
-    )
     labels = torch.tensor([label_of[file.class_name] for file in files])
-    mean, std = images.channel_statistics(pixels[: len(train)])
     data = ImageData(
         train_images=pixels[: len(train)],
         train_labels=labels[: len(train)],
@@ -106,26 +130,72 @@ def _scan(folder: Path, split: str) -> list[_File]:
     return found
 
 
-def _decode(paths: list[Path], image_size: int | None) -> np.ndarray:
+class _Files:
+    """The `Reader` of a list of files."""
+
+    def __init__(self, files: list[_File]) -> None:
+        self.files = files
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> tuple[IO[bytes], str]:
+        return self.files[index].path.open("rb"), self.files[index].class_name
+
+    def filename(self, index: int) -> str:
+        return str(self.files[index].path)
+
+
+def _memory() -> int:
+    """The machine's memory in bytes."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _decode(files: list[_File], image_size: int | None) -> np.ndarray:
     """The images as uint8 [N, C, H, W], C = 3 unless all are mode L."""
-    first, _ = _open(paths[0], image_size)
-    pixels = np.empty((len(paths), 3, *first.shape[:2]), dtype=np.uint8)
+    shape = _open(files[0].path, image_size)[0].shape
+    pixels = np.empty((len(files), 3, *shape[:2]), dtype=np.uint8)
 
-    def fill(i: int) -> bool:
-        image, grey = _open(paths[i], image_size)
-        if image.shape != first.shape:
-            (height, width, _), (first_height, first_width, _) = image.shape, first.shape
-            raise ValueError(
-                f"{paths[i]} is {width}×{height} pixels but {paths[0]} is {first_width}×{first_height}: "
-                "set dataset.image_size to resize and crop them to one size"
-            )
+    def fill(i: int, image: np.ndarray) -> None:
         pixels[i] = image.transpose(2, 0, 1)
-        return grey
 
-    with ThreadPool(min(8, os.cpu_count() or 1)) as pool:
-        # imap, not map: it raises the first error in order, at once. Chunks, as small images are quick.
-        all_grey = all(list(pool.imap(fill, range(len(paths)), chunksize=64)))
+    _, all_grey = _visit(files, image_size, shape, fill)
     return np.ascontiguousarray(pixels[:, :1]) if all_grey else pixels
+
+
+def _survey(files: list[_File], image_size: int | None, n_train: int) -> Arrays:
+    """What is to be known of streamed images: their size (height, width), and how often each value occurs in
+    each channel of the training images, [C, 256], with C = 1 if all images are mode L."""
+    log.info("decoding %d images once, for their mean and standard deviation", len(files))
+    shape = _open(files[0].path, image_size)[0].shape
+
+    def count(i: int, image: np.ndarray) -> np.ndarray | None:
+        return np.stack([images.value_counts(image[..., c]) for c in range(3)]) if i < n_train else None
+
+    counts, all_grey = _visit(files, image_size, shape, count)
+    total = np.sum([part for part in counts if part is not None], axis=0)
+    return {"counts": total[:1] if all_grey else total, "size": np.array(shape[:2])}
+
+
+def _visit(
+    files: list[_File], image_size: int | None, shape: tuple[int, ...], visit: Callable[[int, np.ndarray], T]
+) -> tuple[list[T], bool]:
+    """Decode all files in threads: what `visit(i, image [H, W, 3])` returns for each, and whether all are
+    8-bit greyscale."""
+
+    def one(i: int) -> tuple[T, bool]:
+        image, grey = _open(files[i].path, image_size)
+        if image.shape != shape:
+            raise ValueError(
+                f"{files[i].path} is {image.shape[1]}×{image.shape[0]} pixels but {files[0].path} is "
+                f"{shape[1]}×{shape[0]}: set dataset.image_size to resize and crop them to one size"
+            )
+        return visit(i, image), grey
+
+    with ThreadPool(min(8, cpu_cores())) as pool:
+        # imap, not map: it raises the first error in order, at once. Chunks, as small images are quick.
+        visited, grey = zip(*pool.imap(one, range(len(files)), chunksize=64), strict=True)
+    return list(visited), all(grey)
 
 
 def _open(path: Path, image_size: int | None) -> tuple[np.ndarray, bool]:
@@ -134,46 +204,54 @@ def _open(path: Path, image_size: int | None) -> tuple[np.ndarray, bool]:
         with Image.open(path) as image:
             if image.mode[0] in "IF":
                 raise ValueError(f"mode {image.mode} has more than 8 bits a channel")
-            rgb = image.convert("RGB")
-            if image_size is not None:
-                rgb = ImageOps.fit(rgb, (image_size, image_size), method=Image.Resampling.BICUBIC)
-            return np.asarray(rgb), image.mode == "L"
+            return np.asarray(_fit(image_size)(image.convert("RGB"))), image.mode == "L"
     except Exception as error:  # a damaged file raises whatever its decoder trips over
         raise ValueError(f"cannot decode {path}: {error}") from error
 
 
-def _cached(path: Path, fingerprint: str, decode: Callable[[], np.ndarray]) -> np.ndarray:
-    """What `path` holds for `fingerprint`; decoded and written there first where it holds something else.
+def _fit(image_size: int | None) -> Callable[[Image.Image], Image.Image]:
+    """Shorter side resized to `image_size` and the centre cropped; None leaves an image as it is."""
+    if image_size is None:
+        return _unchanged
+    return functools.partial(ImageOps.fit, size=(image_size, image_size), method=Image.Resampling.BICUBIC)
 
-    Of several processes one decodes and the others wait. Where nothing can be written, decodes every time.
+
+def _unchanged(image: Image.Image) -> Image.Image:
+    return image
+
+
+def _cached(path: Path, fingerprint: str, make: Callable[[], Arrays]) -> Arrays:
+    """What `path` holds for `fingerprint`; made and written there first where it holds something else.
+
+    Of several processes one makes it and the others wait. Where nothing can be written, made every time.
     """
-    if (pixels := _read(path, fingerprint)) is not None:
-        return pixels
+    if (arrays := _read(path, fingerprint)) is not None:
+        return arrays
     with contextlib.ExitStack() as stack:
         try:
             path.parent.mkdir(exist_ok=True)
             stack.enter_context(FileLock(path.with_suffix(".lock")))
         except (OSError, NotImplementedError) as error:  # read-only, or a file system without locks
             log.warning("cannot cache decoded images, so every run decodes them: %s", error)
-            return decode()
-        if (pixels := _read(path, fingerprint)) is not None:
-            return pixels
-        pixels = decode()
+            return make()
+        if (arrays := _read(path, fingerprint)) is not None:
+            return arrays
+        arrays = make()
         unfinished = path.with_suffix(".tmp")
         try:
             with unfinished.open("wb") as file:
-                np.savez(file, images=pixels, fingerprint=np.array(fingerprint))
+                np.savez(file, fingerprint=np.array(fingerprint), **arrays)  # type: ignore[arg-type]
             os.replace(unfinished, path)
         except OSError as error:
             unfinished.unlink(missing_ok=True)
             log.warning("cannot cache decoded images, so every run decodes them: %s", error)
-        return pixels
+        return arrays
 
 
-def _read(path: Path, fingerprint: str) -> np.ndarray | None:
-    """The cached images, or None when they are absent, stale or (by the zip's checksums) damaged."""
+def _read(path: Path, fingerprint: str) -> Arrays | None:
+    """The cached arrays, or None when they are absent, stale or (by the zip's checksums) damaged."""
     try:
         with np.load(path) as cache:
-            return cache["images"] if str(cache["fingerprint"]) == fingerprint else None
+            return dict(cache) if str(cache["fingerprint"]) == fingerprint else None
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return None

@@ -7,6 +7,7 @@ import torch
 from sklearn.model_selection import train_test_split
 
 from rst import draws
+from rst.data.image_files import ImageFiles
 
 # Index of each use of the stream "split", so that none of them shifts another. Never renumber.
 DIGITS_SPLIT, VALIDATION_SPLIT, TRAIN_SIZE_SPLIT = 0, 1, 2
@@ -16,38 +17,49 @@ DIGITS_SPLIT, VALIDATION_SPLIT, TRAIN_SIZE_SPLIT = 0, 1, 2
 class ImageData:
     """Training and test images with their labels, all on one device.
 
-    Images are uint8 [N, C, H, W], labels int64 [N]; `classes[label]` is a label's name. `mean` and `std`
-    are per channel, of pixel values scaled to [0, 1].
+    Images are uint8 [N, C, H, W], in memory or streamed from files; labels int64 [N]; `classes[label]` is a
+    label's name. `mean` and `std` are per channel, of pixel values scaled to [0, 1].
     """
 
-    train_images: torch.Tensor
+    train_images: torch.Tensor | ImageFiles
     train_labels: torch.Tensor
-    test_images: torch.Tensor
+    test_images: torch.Tensor | ImageFiles
     test_labels: torch.Tensor
     classes: tuple[str, ...]
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
     def to(self, device: torch.device | str) -> "ImageData":
-        """The same data on `device`, still uint8: a quarter of float's memory and transfer."""
+        """The same data on `device`, still uint8: a quarter of float's memory and transfer. Streamed images
+        are sent there batch by batch."""
         tensors = ("train_images", "train_labels", "test_images", "test_labels")
         return replace(self, **{name: getattr(self, name).to(device) for name in tensors})
 
 
-def channel_statistics(images: torch.Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+Statistics = tuple[tuple[float, ...], tuple[float, ...]]
+
+
+def channel_statistics(images: torch.Tensor) -> Statistics:
     """Mean and (population) standard deviation per channel of uint8 [N, C, H, W], scaled to [0, 1].
 
     Exact, from a histogram of the 256 values. A constant channel gets std 1, so that it can be divided by.
     """
+    # In chunks: bincount widens its input to int64, eight times the size of the data.
+    parts = [[value_counts(part) for part in channel.split(4096)] for channel in images.unbind(1)]
+    return statistics_of_counts(np.array([sum(channel) for channel in parts]))
+
+
+def value_counts(pixels: torch.Tensor | np.ndarray) -> np.ndarray:
+    """How often each of the 256 values occurs in uint8 pixels."""
+    return np.bincount(np.asarray(pixels).ravel(), minlength=256)
+
+
+def statistics_of_counts(counts: np.ndarray) -> Statistics:
+    """`channel_statistics` of images with these value counts, [C, 256]."""
     values = np.arange(256) / 255
-    means, stds = [], []
-    for channel in images.unbind(1):
-        # In chunks: bincount widens its input to int64, eight times the size of the data.
-        counts = sum(np.bincount(part.flatten(), minlength=256) for part in channel.split(4096))
-        mean = float(np.average(values, weights=counts))
-        means.append(mean)
-        stds.append(float(np.average((values - mean) ** 2, weights=counts)) ** 0.5 or 1.0)
-    return tuple(means), tuple(stds)
+    means = [float(np.average(values, weights=channel)) for channel in counts]
+    spreads = [np.average((values - mean) ** 2, weights=c) for mean, c in zip(means, counts, strict=True)]
+    return tuple(means), tuple(float(spread) ** 0.5 or 1.0 for spread in spreads)
 
 
 def stratified(labels: torch.Tensor, size: int, seed: int, split: int) -> tuple[torch.Tensor, torch.Tensor]:

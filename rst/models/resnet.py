@@ -1,6 +1,7 @@
 """Residual networks for small images: the CIFAR family of He et al., and the wider one of the paper."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -21,46 +22,80 @@ class PaddedShortcut(nn.Module):
         return F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, 0, self.new_channels))
 
 
-def projection(in_channels: int, out_channels: int, stride: int) -> nn.Module:
-    """Option B of He et al. 2016, §4.1, with a bias: 1×1 convolution and BatchNorm."""
-    return nn.Sequential(nn.Conv2d(in_channels, out_channels, 1, stride=stride), nn.BatchNorm2d(out_channels))
+def projection(in_channels: int, out_channels: int, stride: int, bias: bool) -> nn.Module:
+    """Option B of He et al. 2016, §4.1: 1×1 convolution and BatchNorm."""
+    conv = nn.Conv2d(in_channels, out_channels, 1, stride=stride, bias=bias)
+    return nn.Sequential(conv, nn.BatchNorm2d(out_channels))
 
 
 class BasicBlock(nn.Module):
-    """relu(norm(conv(relu(norm(conv(x))))) + shortcut(x)), He et al. 2016, Figure 2."""
+    """relu(norm(conv(relu(norm(conv(x))))) + shortcut(x)), He et al. 2016, Figure 2: 3×3, 3×3.
+
+    `shortcut(in_channels, out_channels, stride)` makes the shortcut where the shape changes; `bias` is that
+    of the two convolutions.
+    """
 
     def __init__(
-        self, in_channels: int, out_channels: int, stride: int, shortcut: nn.Module, bias: bool
+        self,
+        in_channels: int,
+        width: int,
+        stride: int,
+        shortcut: Callable[[int, int, int], nn.Module],
+        bias: bool,
     ) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride=stride, padding=1, bias=bias)
-        self.norm1 = nn.BatchNorm2d(out_channels)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=bias)
-        self.norm2 = nn.BatchNorm2d(out_channels)
-        self.shortcut = shortcut
+        self.out_channels = width
+        self.conv1 = nn.Conv2d(in_channels, width, 3, stride=stride, padding=1, bias=bias)
+        self.norm1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=bias)
+        self.norm2 = nn.BatchNorm2d(width)
+        unchanged = in_channels == width and stride == 1
+        self.shortcut = nn.Identity() if unchanged else shortcut(in_channels, width, stride)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = F.relu(self.norm1(self.conv1(x)))
         return F.relu(self.norm2(self.conv2(y)) + self.shortcut(x))
 
 
-class ResNet(nn.Module):
-    """Stem, stages of basic blocks, global average pooling and a dense layer: (N, C, H, W) to (N, classes).
+class Bottleneck(nn.Module):
+    """The same of three convolutions without bias, He et al. 2016, Figure 5: 1×1, 3×3, and 1×1 to 4·`width`
+    channels. The 3×3 one has the stride, as in timm's."""
 
-    Stage i has `blocks[i]` blocks of `width`·2^i channels; every stage but the first halves the image.
-    `stem` is the stem's channels, `stem_relu` whether a ReLU follows its norm; `bias` is that of the blocks'
-    convolutions.
+    def __init__(self, in_channels: int, width: int, stride: int) -> None:
+        super().__init__()
+        self.out_channels = 4 * width
+        self.conv1 = nn.Conv2d(in_channels, width, 1, bias=False)
+        self.norm1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, stride=stride, padding=1, bias=False)
+        self.norm2 = nn.BatchNorm2d(width)
+        self.conv3 = nn.Conv2d(width, self.out_channels, 1, bias=False)
+        self.norm3 = nn.BatchNorm2d(self.out_channels)
+        unchanged = in_channels == self.out_channels and stride == 1
+        self.shortcut = (
+            nn.Identity() if unchanged else projection(in_channels, self.out_channels, stride, bias=False)
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = F.relu(self.norm1(self.conv1(x)))
+        y = F.relu(self.norm2(self.conv2(y)))
+        return F.relu(self.norm3(self.conv3(y)) + self.shortcut(x))
+
+
+class ResNet(nn.Module):
+    """Stem, stages of blocks, global average pooling and a dense layer: (N, C, H, W) to (N, classes).
+
+    Stage i has `blocks[i]` of `block(in_channels, width, stride)`, of `width`·2^i channels; every stage but
+    the first halves the image. `stem` is the stem's channels, `stem_relu` whether a ReLU follows its norm.
     """
 
     def __init__(
         self,
+        block: Callable[[int, int, int], BasicBlock | Bottleneck],
         blocks: Sequence[int],
         num_classes: int,
         in_chans: int,
         width: int,
         stem: int,
-        shortcut: Callable[[int, int, int], nn.Module],
-        bias: bool,
         stem_relu: bool,
     ) -> None:
         super().__init__()
@@ -76,10 +111,8 @@ class ResNet(nn.Module):
         for i, count in enumerate(blocks):
             stage = []
             for j in range(count):
-                shape = (channels, width * 2**i, 2 if i > 0 and j == 0 else 1)
-                unchanged = shape == (channels, channels, 1)
-                stage.append(BasicBlock(*shape, nn.Identity() if unchanged else shortcut(*shape), bias))
-                channels = shape[1]
+                stage.append(block(channels, width * 2**i, 2 if i > 0 and j == 0 else 1))
+                channels = stage[-1].out_channels
             stages.append(nn.Sequential(*stage))
         self.stages = nn.Sequential(*stages)
         self.head = nn.Linear(channels, num_classes)
@@ -92,16 +125,8 @@ class ResNet(nn.Module):
 def cifar_family(n: int, num_classes: int, in_chans: int, width: int) -> ResNet:
     """The network of He et al. 2016, §4.2, with 6n+2 layers: three stages of n blocks, no parameters in
     the shortcuts."""
-    return ResNet(
-        (n, n, n),
-        num_classes,
-        in_chans,
-        width,
-        stem=width,
-        shortcut=PaddedShortcut,
-        bias=False,
-        stem_relu=True,
-    )
+    block = partial(BasicBlock, shortcut=PaddedShortcut, bias=False)
+    return ResNet(block, (n, n, n), num_classes, in_chans, width, stem=width, stem_relu=True)
 
 
 @register
@@ -116,17 +141,40 @@ def resnet20(num_classes: int = 10, in_chans: int = 3, width: int = 16) -> ResNe
     return cifar_family(3, num_classes, in_chans, width)
 
 
+def small_image_resnet(
+    block: Callable[[int, int, int], BasicBlock | Bottleneck],
+    blocks: Sequence[int],
+    num_classes: int,
+    in_chans: int,
+    width: int,
+) -> ResNet:
+    """The paper's ResNet for 32×32 images: a 16-channel stem without bias, pooling or ReLU, four stages."""
+    return ResNet(block, blocks, num_classes, in_chans, width, stem=16, stem_relu=False)
+
+
+def biased_block(in_channels: int, width: int, stride: int) -> BasicBlock:
+    return BasicBlock(in_channels, width, stride, partial(projection, bias=True), bias=True)
+
+
 @register
 def cifar_resnet18(num_classes: int = 10, in_chans: int = 3, width: int = 64) -> ResNet:
-    """The paper's ResNet-18 for 32×32 images, 11 150 874 parameters at 10 classes: a 16-channel stem without
-    bias, pooling or ReLU, and blocks with bias. `width` is the first stage's channels."""
-    return ResNet(
-        (2, 2, 2, 2),
-        num_classes,
-        in_chans,
-        width,
-        stem=16,
-        shortcut=projection,
-        bias=True,
-        stem_relu=False,
-    )
+    """The paper's ResNet-18: basic blocks with bias. `width` is the first stage's channels."""
+    return small_image_resnet(biased_block, (2, 2, 2, 2), num_classes, in_chans, width)
+
+
+@register
+def cifar_resnet34(num_classes: int = 10, in_chans: int = 3, width: int = 64) -> ResNet:
+    """ResNet-34 in the manner of `cifar_resnet18`."""
+    return small_image_resnet(biased_block, (3, 4, 6, 3), num_classes, in_chans, width)
+
+
+@register
+def cifar_resnet50(num_classes: int = 10, in_chans: int = 3, width: int = 64) -> ResNet:
+    """The paper's ResNet-50: bottlenecks. `width` is the first stage's channels before they grow fourfold."""
+    return small_image_resnet(Bottleneck, (3, 4, 6, 3), num_classes, in_chans, width)
+
+
+@register
+def cifar_resnet101(num_classes: int = 10, in_chans: int = 3, width: int = 64) -> ResNet:
+    """ResNet-101 in the manner of `cifar_resnet50`."""
+    return small_image_resnet(Bottleneck, (3, 4, 23, 3), num_classes, in_chans, width)

@@ -7,6 +7,15 @@ from torch import nn
 from rst.models.registry import initialize, register
 
 
+def pool_and_pad(x: torch.Tensor, channels: int, stride: int) -> torch.Tensor:
+    """A shortcut without parameters: average-pool by `stride`, pad with zeros up to `channels` channels."""
+    if stride > 1:
+        # ceil_mode: the strided convolution rounds odd sizes up.
+        x = F.avg_pool2d(x, stride, ceil_mode=True)
+    new_channels = channels - x.shape[1]
+    return F.pad(x, (0, 0, 0, 0, 0, new_channels)) if new_channels else x
+
+
 class WideBlock(nn.Module):
     """conv(relu(norm(conv(relu(norm(x)))))) + shortcut(x), the shortcut average-pooled and zero-padded.
 
@@ -20,18 +29,12 @@ class WideBlock(nn.Module):
         self.norm2 = nn.BatchNorm2d(out_channels)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
         self.stride = stride
-        self.new_channels = out_channels - in_channels
         self.activate_shortcut = activate_shortcut
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = F.relu(self.norm1(x))
-        shortcut = y if self.activate_shortcut else x
-        if self.stride > 1:
-            # ceil_mode: the strided convolution rounds odd sizes up.
-            shortcut = F.avg_pool2d(shortcut, self.stride, ceil_mode=True)
-        if self.new_channels:
-            shortcut = F.pad(shortcut, (0, 0, 0, 0, 0, self.new_channels))
-        return self.conv2(F.relu(self.norm2(self.conv1(y)))) + shortcut
+        residual = self.conv2(F.relu(self.norm2(self.conv1(y))))
+        return residual + pool_and_pad(y if self.activate_shortcut else x, residual.shape[1], self.stride)
 
 
 class WideResNet(nn.Module):
@@ -62,6 +65,18 @@ class WideResNet(nn.Module):
 
 
 @register
+def wrn16_4(num_classes: int = 10, in_chans: int = 3, width: int = 64) -> WideResNet:
+    """WRN-16-4. `width` is the first group's channels: 16 × 4."""
+    return WideResNet(16, num_classes, in_chans, width)
+
+
+@register
 def wrn28_10(num_classes: int = 10, in_chans: int = 3, width: int = 160) -> WideResNet:
-    """WRN-28-10, 36 220 634 parameters at 10 classes. `width` is the first group's channels: 16 × 10."""
+    """WRN-28-10. `width` is the first group's channels: 16 × 10."""
     return WideResNet(28, num_classes, in_chans, width)
+
+
+@register
+def wrn40_10(num_classes: int = 10, in_chans: int = 3, width: int = 160) -> WideResNet:
+    """WRN-40-10. `width` is the first group's channels: 16 × 10."""
+    return WideResNet(40, num_classes, in_chans, width)

@@ -7,8 +7,8 @@ import scipy.stats
 import torch
 import torch.nn.functional as F
 
-from rst import draws
 from rst.data import Augment, normalize
+from rst.data.augment import draw_augmentation
 
 FALSE_ALARM = 1e-6  # of each chi-squared test; seeds are fixed, so a test that passes keeps passing
 
@@ -61,7 +61,7 @@ def observe(
     for step, size in enumerate(batches):
         images = coordinates(height, width).expand(size, -1, -1, -1)
         # With this mean and std, a normalized value is the pixel's.
-        batch = augment(images, (0.0, 0.0), (1 / 255, 1 / 255), draws.generator(seed, "augment", step))
+        batch = augment(images, (0.0, 0.0), (1 / 255, 1 / 255), draw_augmentation(seed, step, size))
         exact = batch.round().byte()
         assert torch.allclose(batch, exact.float(), atol=1e-4)
         result += [possible[sample.tobytes()] for sample in exact.numpy()]
@@ -79,7 +79,7 @@ def uniform(samples: list[tuple[int, ...]], cells: int) -> None:
     assert scipy.stats.chisquare(counts).pvalue > FALSE_ALARM
 
 
-LAYOUTS = {"in one batch": [20_000], "over the steps": [8] * 1_000, "first of each step": [1] * 2_000}
+LAYOUTS = {"in one batch": [20_000], "over the epochs": [8] * 1_000, "first of each epoch": [1] * 2_000}
 
 
 @pytest.mark.parametrize("batches", LAYOUTS.values(), ids=LAYOUTS.keys())
@@ -167,7 +167,7 @@ def test_values_against_a_float64_reference() -> None:
     mean, std = (0.49, 0.3, 0.7), (0.24, 0.1, 0.3)
     augment = Augment(flip=True, crop_padding=2, cutout=4)
     drawn = observe(augment, 12, 9, [40], seed=6)
-    batch = augment(images, mean, std, draws.generator(6, "augment", 0))
+    batch = augment(images, mean, std, draw_augmentation(6, 0, 40))
     assert batch.dtype == torch.float32
     assert batch.shape == images.shape
     assert batch.is_contiguous()
@@ -193,32 +193,107 @@ def test_normalize_against_a_float64_reference() -> None:
 def test_without_parts_only_normalizes_and_leaves_its_input() -> None:
     images = torch.randint(0, 256, (5, 1, 8, 8), dtype=torch.uint8)
     before = images.clone()
-    batch = Augment()(images, (0.3,), (0.2,), torch.Generator())
+    batch = Augment()(images, (0.3,), (0.2,), draw_augmentation(0, 0, 5))
     assert torch.equal(batch, normalize(images, (0.3,), (0.2,)))
-    Augment(True, 4, 4)(images, (0.3,), (0.2,), torch.Generator())
+    Augment(True, 4, 4)(images, (0.3,), (0.2,), draw_augmentation(0, 0, 5))
     assert torch.equal(images, before)
 
 
-def test_equal_generators_give_equal_batches() -> None:
+def test_equal_draws_give_equal_batches() -> None:
     images = torch.randint(0, 256, (16, 3, 8, 8), dtype=torch.uint8)
     augment = Augment(True, 2, 3)
 
-    def batch(seed: int, step: int) -> torch.Tensor:
-        return augment(images, (0.5,) * 3, (0.2,) * 3, draws.generator(seed, "augment", step))
+    def batch(seed: int, epoch: int) -> torch.Tensor:
+        return augment(images, (0.5,) * 3, (0.2,) * 3, draw_augmentation(seed, epoch, 16))
 
     assert torch.equal(batch(0, 5), batch(0, 5))
     assert not torch.equal(batch(0, 5), batch(0, 6))
     assert not torch.equal(batch(0, 5), batch(1, 5))
 
 
+def test_mixup_equals_its_closed_form() -> None:
+    """λ·x + (1 − λ)·x' and λ·CE(y) + (1 − λ)·CE(y'), x' and y' the reversed batch's."""
+    n, classes = 64, 7
+    generator = torch.Generator().manual_seed(0)
+    batch = torch.randn(n, 3, 4, 4, generator=generator)
+    labels = torch.randint(classes, (n,), generator=generator)
+    logits = torch.randn(n, classes, generator=generator)
+    bits = draw_augmentation(3, 0, n)
+    mixed, targets = Augment(mixup=1.0).mix(batch, labels, classes, bits)
+    weight = bits[5].double() / 2**62  # Beta(1, 1) is uniform
+    weight = torch.maximum(weight, 1 - weight).float()
+    expected = torch.stack(
+        [w * x + (1 - w) * y for w, x, y in zip(weight, batch, batch.flip(0), strict=True)]
+    )
+    torch.testing.assert_close(mixed, expected, atol=1e-6, rtol=0)
+    torch.testing.assert_close(targets.sum(1), torch.ones(n), atol=1e-6, rtol=0)
+    of_own = F.cross_entropy(logits, labels, reduction="none")
+    of_partner = F.cross_entropy(logits, labels.flip(0), reduction="none")
+    closed_form = (weight * of_own + (1 - weight) * of_partner).mean()
+    torch.testing.assert_close(F.cross_entropy(logits, targets), closed_form, atol=1e-5, rtol=0)
+    assert torch.equal(targets.argmax(1), labels)
+    assert len(weight.unique()) == n
+
+
+@pytest.mark.parametrize("alpha", [0.5, 1.0, 3.0])
+def test_mixups_weight_is_the_larger_of_a_beta_draw_and_its_complement(alpha: float) -> None:
+    n = 20_000
+    labels = torch.arange(n) % 2  # the partner, at n − 1 − i, has the other label
+    _, targets = Augment(mixup=alpha).mix(torch.zeros(n, 1, 1, 1), labels, 2, draw_augmentation(0, 0, n))
+    weight = targets.gather(1, labels[:, None])[:, 0].double().numpy()
+    folded = scipy.stats.beta(alpha, alpha)
+    test = scipy.stats.kstest(weight, lambda x: folded.cdf(x) - folded.cdf(1 - x))
+    assert test.pvalue > FALSE_ALARM
+
+
+def test_per_batch_draws_once_for_cutout_and_mixup_and_no_other_part() -> None:
+    images, bits = coordinates(12, 12).expand(200, -1, -1, -1), draw_augmentation(1, 0, 200)
+    arguments = (images, (0.0, 0.0), (1 / 255, 1 / 255), bits)
+    cut = Augment(cutout=4, per_batch=True)(*arguments)
+    assert torch.equal(cut, cut[:1].expand_as(cut))
+    assert torch.equal(cut[0], Augment(cutout=4)(*arguments)[0])
+    moved = Augment(flip=True, crop_padding=2, per_batch=True)(*arguments)
+    assert torch.equal(moved, Augment(flip=True, crop_padding=2)(*arguments))
+    assert len(moved.unique(dim=0)) > 40  # of 2 · 25
+    labels = torch.arange(200) % 2
+    _, targets = Augment(mixup=1.0, per_batch=True).mix(cut, labels, 2, bits)
+    _, separate = Augment(mixup=1.0).mix(cut, labels, 2, bits)
+    assert torch.equal(targets[::2], targets[:1].expand(100, -1))
+    assert torch.equal(targets[0], separate[0])
+    assert len(separate.unique(dim=0)) > 100
+
+
+@pytest.mark.parametrize(
+    ("augment", "shape", "message"),
+    [
+        (Augment(crop_padding=8), (3, 8, 10), "crop_padding must be less than the image side 8, got 8"),
+        (Augment(cutout=16), (3, 8, 10), "cutout must be at most the image side 8, got 16"),
+        (Augment(autoaugment="auto"), (1, 8, 8), r"autoaugment needs RGB images, and these have 1 channel"),
+        (Augment(random_resized_crop=True), (3, 8, 8), "random_resized_crop takes its crops from the files"),
+    ],
+)
+def test_images_that_cannot_be_augmented_so(
+    augment: Augment, shape: tuple[int, int, int], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        augment.check(*shape, batch_size=4, streamed=False)
+
+
+def test_mixup_of_one_image() -> None:
+    augment = Augment(mixup=1.0)
+    augment.check(3, 8, 8, batch_size=2, streamed=False)
+    with pytest.raises(ValueError, match="needs at least 2, got batch_size=1"):
+        augment.check(3, 8, 8, batch_size=1, streamed=False)
+
+
 def test_bad_values() -> None:
-    images = torch.zeros(2, 3, 8, 10, dtype=torch.uint8)
-    arguments = (images, (0.5,) * 3, (0.2,) * 3, torch.Generator())
-    with pytest.raises(ValueError, match="crop_padding must be less than the image side 8, got 8"):
-        Augment(crop_padding=8)(*arguments)
-    with pytest.raises(ValueError, match="cutout must be at most the image side 8, got 16"):
-        Augment(cutout=16)(*arguments)
     with pytest.raises(ValueError, match="crop_padding is in pixels and must be at least 0, got -1"):
         Augment(crop_padding=-1)
     with pytest.raises(ValueError, match="cutout is in pixels and must be at least 0, got -4"):
         Augment(cutout=-4)
+    with pytest.raises(ValueError, match="mixup is α of Beta"):
+        Augment(mixup=-1.0)
+    with pytest.raises(
+        ValueError, match="autoaugment must be null or one of auto, cifar10, imagenet, got svhn"
+    ):
+        Augment(autoaugment="svhn")

@@ -1,11 +1,12 @@
-"""Order follows from (seed, epoch), augmentation from (seed, step), and a run may start anywhere."""
+"""Order and augmentation follow from (seed, epoch), and a run may start anywhere."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
-from rst import data, draws
+from rst import data
 from rst.data import Augment, ImageData
 
 # As a module attribute: pytest would take an imported function named test_... for a test.
@@ -61,7 +62,7 @@ def test_order_is_a_function_of_seed_and_epoch() -> None:
     assert len({label for epoch in range(10) for label in order(0, epoch)}) == 23
 
 
-def test_equal_seed_and_step_give_equal_batches_whatever_was_drawn_before() -> None:
+def test_equal_seed_and_epoch_give_equal_batches_whatever_was_drawn_before() -> None:
     first = list(data.train_batches(numbered(), 5, AUGMENT, seed=2, epoch=1))
     torch.manual_seed(99)
     torch.rand(10)
@@ -81,16 +82,28 @@ def test_start_equals_skipping(start: int) -> None:
     assert same(whole[start:], list(data.train_batches(numbered(), 5, AUGMENT, seed=2, epoch=1, start=start)))
 
 
-def test_batches_before_start_are_not_computed_and_steps_count_over_epochs() -> None:
-    seeds = []
+def test_an_images_augmentation_does_not_depend_on_its_batch() -> None:
+    """(seed, epoch, image) decide, so that neither batch size nor the number of processes does."""
 
-    def probe(images: torch.Tensor, mean: Any, std: Any, generator: torch.Generator) -> torch.Tensor:
-        seeds.append(generator.initial_seed() % 2**64)
-        return images
+    def by_image(batch_size: int) -> dict[int, torch.Tensor]:
+        augment = Augment(flip=True, crop_padding=2, cutout=2, autoaugment="cifar10")
+        batches = data.train_batches(numbered(24), batch_size, augment, seed=2, epoch=1)
+        return {int(label): image for x, y in batches for image, label in zip(x, y, strict=True)}
 
-    list(data.train_batches(numbered(), 5, probe, seed=7, epoch=0))  # type: ignore[arg-type]
-    list(data.train_batches(numbered(), 5, probe, seed=7, epoch=2, start=2))  # type: ignore[arg-type]
-    assert seeds == [draws.draw(7, "augment", step) for step in (0, 1, 2, 3, 10, 11)]
+    by_three, by_eight = by_image(3), by_image(8)
+    assert by_three.keys() == by_eight.keys() == set(range(24))
+    assert all(torch.equal(image, by_eight[label]) for label, image in by_three.items())
+
+
+def test_mixup_gives_probabilities() -> None:
+    source = replace(numbered(), classes=tuple(map(str, range(23))))
+    plain = list(data.train_batches(source, 5, PLAIN, seed=0, epoch=0))
+    mixed = list(data.train_batches(source, 5, Augment(mixup=1.0), seed=0, epoch=0))
+    for (x, y), (x_plain, labels) in zip(mixed, plain, strict=True):
+        assert y.shape == (5, 23)
+        weight = y.gather(1, labels[:, None])[:, 0]
+        assert ((weight >= 0.5) & (weight <= 1)).all()
+        torch.testing.assert_close(x, torch.lerp(x_plain.flip(0), x_plain, weight[:, None, None, None]))
 
 
 def test_the_same_image_is_augmented_anew_in_each_epoch() -> None:

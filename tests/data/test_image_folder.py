@@ -3,6 +3,7 @@
 import logging
 import multiprocessing
 import os
+import sys
 import time
 from pathlib import Path
 
@@ -12,6 +13,8 @@ import torch
 from PIL import Image
 
 from rst import data
+from rst.data.image_files import ImageFiles
+from rst.data.images import ImageData
 
 CLASSES = ("cat", "dog")
 
@@ -49,6 +52,11 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr(Image, "open", counting)
     return files
+
+
+def looked_at(root: Path) -> list[str]:
+    """What is opened to know the images' size, when the rest is in the cache."""
+    return [str(root / "train" / "cat" / "000.png")]
 
 
 def test_images_are_sorted_by_class_and_name(tmp_path: Path) -> None:
@@ -91,7 +99,7 @@ def test_name_and_trailing_slash_change_nothing(tmp_path: Path, opened: list[str
     del opened[:]
     other = data.image_folder(f"{tmp_path}/", name="pets")
     assert torch.equal(one.train_images, other.train_images)
-    assert opened == []
+    assert opened == looked_at(tmp_path)
 
 
 def test_validation_and_train_size_are_stratified_and_seeded(tmp_path: Path) -> None:
@@ -166,15 +174,15 @@ def test_image_size_resizes_the_shorter_side_and_crops_the_centre(tmp_path: Path
 def test_second_load_decodes_nothing(tmp_path: Path, opened: list[str]) -> None:
     make(tmp_path)
     first = data.image_folder(str(tmp_path))
-    assert len(opened) == 49  # each once, and the first once more for its size
+    assert len(opened) == 50  # each once, and the first twice more for its size
     del opened[:]
     second = data.image_folder(str(tmp_path))
-    assert opened == []
+    assert opened == looked_at(tmp_path)
     assert torch.equal(first.train_images, second.train_images)
     assert torch.equal(first.test_images, second.test_images)
     assert (first.mean, first.std) == (second.mean, second.std)
     data.image_folder(str(tmp_path), train_size=10, validation=True, seed=3)
-    assert opened == []
+    assert opened == 2 * looked_at(tmp_path)
 
 
 def test_each_image_size_has_its_own_cache(tmp_path: Path, opened: list[str]) -> None:
@@ -185,7 +193,7 @@ def test_each_image_size_has_its_own_cache(tmp_path: Path, opened: list[str]) ->
     for size in (None, 5, 4):
         shape = data.image_folder(str(tmp_path), image_size=size).train_images.shape
         assert shape[2:] == ((6, 5) if size is None else (size, size))
-    assert opened == []
+    assert opened == looked_at(tmp_path)
 
 
 @pytest.mark.parametrize("change", ["content", "size", "modification time", "added", "removed", "renamed"])
@@ -251,7 +259,7 @@ def test_cache_of_a_folder_that_became_unwritable_is_used(tmp_path: Path, opened
     lock.mkdir()  # taking the lock would fail
     del opened[:]
     data.image_folder(str(tmp_path))
-    assert opened == []
+    assert opened == looked_at(tmp_path)
 
 
 def test_full_disk_leaves_no_file_and_the_images(
@@ -290,7 +298,7 @@ def test_two_processes_at_once_decode_once(tmp_path: Path, opened: list[str]) ->
     processes = [context.Process(target=load) for _ in range(2)]
     for process in processes:
         process.start()
-    assert sorted(results.get(timeout=30) for _ in processes) == [(0, total), (49, total)]
+    assert sorted(results.get(timeout=30) for _ in processes) == [(1, total), (50, total)]
     for process in processes:
         process.join(timeout=30)
 
@@ -302,6 +310,64 @@ def raises_one_line(kind: type[Exception], root: Path) -> str:
     assert not list(root.glob(".rst-cache/*.npz"))
     assert not list(root.glob(".rst-cache/*.tmp"))
     return str(raised.value)
+
+
+def stream(root: Path, **options: object) -> ImageData:
+    return data.image_folder(str(root), in_memory=False, **{"workers": 0} | options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("image_size", [None, 4])
+@pytest.mark.parametrize("shape", [(6, 5, 3), (6, 5)], ids=["rgb", "grey"])
+def test_streamed_images_are_those_in_memory(
+    tmp_path: Path, shape: tuple[int, ...], image_size: int | None
+) -> None:
+    make(tmp_path, shape=shape)
+    part = {"image_size": image_size, "train_size": 11, "validation": True, "seed": 2}
+    held, streamed = data.image_folder(str(tmp_path), **part), stream(tmp_path, **part)  # type: ignore[arg-type]
+    assert streamed.train_images.shape == held.train_images.shape
+    assert (streamed.mean, streamed.std, streamed.classes) == (held.mean, held.std, held.classes)
+    augment = data.Augment(flip=True, crop_padding=1, cutout=2)
+    for one, other in (
+        (data.train_batches(held, 4, augment, 0, 1), data.train_batches(streamed, 4, augment, 0, 1)),
+        (data.test_batches(held, 3), data.test_batches(streamed, 3)),
+    ):
+        for (x, y), (x2, y2) in zip(one, other, strict=True):
+            assert torch.equal(x, x2)
+            assert torch.equal(y, y2)
+
+
+def test_auto_streams_what_would_take_too_much_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(tmp_path)
+    decoded = 48 * 6 * 5 * 3
+    monkeypatch.setattr(sys.modules["rst.data.image_folder"], "_memory", lambda: 4 * decoded)
+    assert isinstance(data.image_folder(str(tmp_path)).train_images, torch.Tensor)
+    monkeypatch.setattr(sys.modules["rst.data.image_folder"], "_memory", lambda: 4 * decoded - 1)
+    assert isinstance(data.image_folder(str(tmp_path)).train_images, ImageFiles)
+    assert isinstance(data.image_folder(str(tmp_path), image_size=4).train_images, torch.Tensor)
+    with pytest.raises(ValueError, match="in_memory must be auto, true or false, got 'yes'"):
+        data.image_folder(str(tmp_path), in_memory="yes")  # type: ignore[arg-type]
+
+
+def test_streaming_surveys_once(tmp_path: Path, opened: list[str]) -> None:
+    make(tmp_path)
+    stream(tmp_path)
+    assert len(opened) == 49
+    del opened[:]
+    stream(tmp_path)
+    assert opened == []
+    save(tmp_path / "test" / "dog" / "999.png", np.zeros((6, 5, 3), dtype=np.uint8))
+    stream(tmp_path)
+    assert len(opened) == 50
+
+
+def test_a_file_damaged_after_the_survey_is_named(tmp_path: Path) -> None:
+    make(tmp_path)
+    streamed = stream(tmp_path)
+    (tmp_path / "test" / "dog" / "001.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match=r"cannot decode .*test/dog/001.png"):
+        list(data.test_batches(streamed, 3))
 
 
 def test_root_missing(tmp_path: Path) -> None:

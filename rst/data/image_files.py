@@ -1,0 +1,178 @@
+"""Images that stay in files and are decoded, by worker processes, when a batch needs them."""
+
+import os
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import IO, Any, Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.data.transforms import RandomResizedCropAndInterpolation
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+CPU = torch.device("cpu")
+
+
+class Reader(Protocol):
+    """What timm's readers of folders and tar files offer."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int) -> tuple[IO[bytes], Any]: ...
+    def filename(self, index: int) -> str: ...
+
+
+@dataclass(frozen=True, eq=False)
+class ImageFiles:
+    """A reader's images, standing where an array of uint8 [N, C, H, W] would.
+
+    Args:
+        reader: opens image i.
+        indices: the reader's numbers of these images.
+        size: (height, width) of an image when it is ready.
+        fit: an image to that size, for evaluation and for training without random crops. Called in worker
+            processes.
+        mode: PIL's, "RGB" or "L".
+        workers: processes that decode; 0 decodes in this one, None takes as many as this process may use
+            cores, 16 at most.
+    """
+
+    reader: Reader
+    indices: Tensor
+    size: tuple[int, int]
+    fit: Callable[[Image.Image], Image.Image]
+    mode: str = "RGB"
+    workers: int | None = None
+    device: torch.device = CPU
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        return len(self.indices), 3 if self.mode == "RGB" else 1, *self.size
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, chosen: Tensor | slice) -> "ImageFiles":
+        return replace(self, indices=self.indices[chosen])
+
+    def to(self, device: torch.device | str) -> "ImageFiles":
+        return replace(self, device=torch.device(device))
+
+    def batches(self, batches: Sequence[Tensor], crops: Tensor | None) -> Iterator[Tensor]:
+        """The images of each batch of indices into this, uint8 [B, C, H, W] on the device.
+
+        `crops` [N], where given: the seed of each image's random-resized crop.
+
+        Raises:
+            ValueError: naming a file that cannot be decoded.
+        """
+        workers = min(16, cpu_cores()) if self.workers is None else self.workers
+        loader = DataLoader(
+            _Items(self, crops is not None),
+            batch_sampler=_Batches(batches, crops),
+            num_workers=workers,
+            collate_fn=_stack,
+            pin_memory=self.device.type == "cuda",
+            generator=torch.Generator(),  # or it would draw from the global one
+        )
+        for images in _ahead(loader, self.device):
+            if isinstance(images, Exception):
+                raise images
+            yield images
+
+
+def cpu_cores() -> int:
+    """Cores that this process may use: fewer than the machine's in a container or under a scheduler."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def open_image(reader: Reader, index: int, mode: str = "RGB") -> Image.Image:
+    """Raises ValueError naming the file where it cannot be decoded, truncated ones included."""
+    try:
+        file, _ = reader[index]
+        with file, Image.open(file) as image:
+            return image.convert(mode)
+    except Exception as error:  # a damaged file raises whatever its decoder trips over
+        raise ValueError(f"cannot decode {reader.filename(index)}: {error}") from error
+
+
+class _Items(Dataset):
+    """Image and crop by (index, seed): what a worker does is a function of these two alone."""
+
+    def __init__(self, files: ImageFiles, cropped: bool) -> None:
+        self.files = files
+        self.crop = RandomResizedCropAndInterpolation(files.size) if cropped else None
+
+    def __getitem__(self, item: tuple[int, int]) -> np.ndarray | Exception:
+        index, seed = item
+        files = self.files
+        try:
+            image = open_image(files.reader, int(files.indices[index]), files.mode)
+        except ValueError as error:
+            return error  # raised, it would reach the user within a worker's traceback
+        if self.crop is None:
+            return np.asarray(files.fit(image))
+        before = random.getstate()
+        random.seed(seed)  # timm's crop draws from it
+        try:
+            return np.asarray(self.crop(image))
+        finally:
+            random.setstate(before)
+
+
+class _Batches:
+    """The (index, seed) pairs of each batch, made as the loader asks for them."""
+
+    def __init__(self, batches: Sequence[Tensor], crops: Tensor | None) -> None:
+        self.batches, self.crops = batches, crops
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for chosen in self.batches:
+            seeds = torch.zeros_like(chosen) if self.crops is None else self.crops[chosen]
+            yield list(zip(chosen.tolist(), seeds.tolist(), strict=True))
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+
+def _stack(items: list[np.ndarray | Exception]) -> Tensor | Exception:
+    """[H, W, 3] or [H, W] each to [B, C, H, W]; the first error, where there is one."""
+    arrays = []
+    for item in items:
+        if isinstance(item, Exception):
+            return item
+        arrays.append(item)
+    images = torch.from_numpy(np.stack(arrays))
+    return images.permute(0, 3, 1, 2).contiguous() if images.ndim == 4 else images[:, None]
+
+
+def _ahead(loader: DataLoader, device: torch.device) -> Iterator[Any]:
+    """The loader's batches on the device; on CUDA the next one's transfer overlaps the work on this one."""
+    if device.type != "cuda":
+        for item in loader:
+            yield item.to(device) if isinstance(item, Tensor) else item
+        return
+    transfers = torch.cuda.Stream(device)
+
+    def begin(item: Any) -> tuple[Any, torch.cuda.Event]:
+        with torch.cuda.stream(transfers):
+            item = item.to(device, non_blocking=True) if isinstance(item, Tensor) else item
+            return item, transfers.record_event()
+
+    def end(item: Any, transferred: torch.cuda.Event) -> Any:
+        consumer = torch.cuda.current_stream(device)
+        consumer.wait_event(transferred)
+        if isinstance(item, Tensor):
+            item.record_stream(consumer)  # its memory must not be reused while the consumer still reads it
+        return item
+
+    waiting = None
+    for item in loader:
+        begun = begin(item)
+        if waiting is not None:
+            yield end(*waiting)
+        waiting = begun
+    if waiting is not None:
+        yield end(*waiting)

@@ -1,0 +1,196 @@
+"""The same samples from a folder, a tar and WebDataset shards; draws by (seed, epoch, image) only."""
+
+import io
+import random
+import shutil
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms import functional as F
+
+from rst import data
+from rst.data import Augment, ImageData, imagenet
+
+CLASSES = {"n01440764": 5, "n01443537": 4, "n02102040": 6}  # training images of each
+N_VAL = 2  # of each class
+SMALL = {"image_size": 32, "workers": 0}
+CROPPED = Augment(flip=True, random_resized_crop=True)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """JPEGs of several sizes and modes, ImageNet's names."""
+    root = tmp_path_factory.mktemp("imagenet")
+    rng = np.random.default_rng(0)
+    for split in ("train", "val"):
+        for name, n in CLASSES.items():
+            (root / split / name).mkdir(parents=True)
+            for i in range(n if split == "train" else N_VAL):
+                height, width = rng.integers(40, 90, 2)
+                noise = rng.integers(0, 256, (height // 8, width // 8, 3), dtype=np.uint8)
+                image = Image.fromarray(noise).resize((width, height))
+                image = image.convert("L") if i == 1 else image
+                image.save(root / split / name / f"{name}_{i}.JPEG")
+    return root
+
+
+def files_of(folder: Path, split: str) -> list[Path]:
+    return sorted((folder / split).rglob("*.JPEG"))
+
+
+@pytest.fixture
+def tar(folder: Path, tmp_path: Path) -> Path:
+    for split in ("train", "val"):
+        with tarfile.open(tmp_path / f"{split}.tar", "w") as archive:
+            for path in files_of(folder, split):
+                archive.add(path, path.relative_to(folder / split))
+    return tmp_path
+
+
+@pytest.fixture
+def webdataset(folder: Path, tmp_path: Path) -> Path:
+    """Two shards a split, as `imagenet-train-000000.tar`."""
+    labels = {name: label for label, name in enumerate(sorted(CLASSES))}
+    for split in ("train", "val"):
+        paths = files_of(folder, split)
+        for shard, chosen in enumerate((paths[: len(paths) // 2], paths[len(paths) // 2 :])):
+            with tarfile.open(tmp_path / f"imagenet-{split}-{shard:06}.tar", "w") as archive:
+                for path in chosen:
+                    archive.add(path, f"{path.stem}.jpg")
+                    label = str(labels[path.parent.name]).encode()
+                    entry = tarfile.TarInfo(f"{path.stem}.cls")
+                    entry.size = len(label)
+                    archive.addfile(entry, io.BytesIO(label))
+    return tmp_path
+
+
+def batches(source: ImageData, epoch: int = 0, augment: Augment = CROPPED) -> list[tuple[torch.Tensor, ...]]:
+    return list(data.train_batches(source, 4, augment, seed=3, epoch=epoch))
+
+
+def same(some: list[tuple[torch.Tensor, ...]], others: list[tuple[torch.Tensor, ...]]) -> bool:
+    return len(some) == len(others) and all(
+        torch.equal(a, b) for x, y in zip(some, others, strict=True) for a, b in zip(x, y, strict=True)
+    )
+
+
+@pytest.mark.parametrize("layout", ["tar", "webdataset"])
+def test_the_same_samples_in_every_layout(layout: str, folder: Path, request: pytest.FixtureRequest) -> None:
+    expected, source = imagenet(str(folder), **SMALL), imagenet(str(request.getfixturevalue(layout)), **SMALL)
+    assert len(expected.train_labels) == sum(CLASSES.values()) == 15
+    assert len(expected.test_labels) == 6
+    assert torch.equal(source.train_labels, expected.train_labels)
+    assert same(batches(source), batches(expected))
+    assert same(list(data.test_batches(source, 4)), list(data.test_batches(expected, 4)))
+    assert len(source.classes) == 3
+    if layout == "tar":
+        assert source.classes == expected.classes == tuple(sorted(CLASSES))
+
+
+def test_evaluation_is_the_centre_of_the_resized_image(folder: Path) -> None:
+    source = imagenet(str(folder), **SMALL)
+    images, labels = map(torch.cat, zip(*data.test_batches(source, 4), strict=True))
+    for path, image, label in zip(files_of(folder, "val"), images, labels, strict=True):
+        resized = F.resize(Image.open(path).convert("RGB"), 36)
+        pixels = F.pil_to_tensor(F.center_crop(resized, [32, 32]))
+        assert torch.equal(image, data.normalize(pixels[None], source.mean, source.std)[0])
+        assert source.classes[label] == path.parent.name
+    # Without a random crop, training sees the same.
+    plain = batches(imagenet(str(folder), **SMALL), augment=Augment())
+    assert plain[0][0].shape == (4, 3, 32, 32)
+
+
+def test_whatever_the_number_of_workers(folder: Path) -> None:
+    augment = Augment(flip=True, random_resized_crop=True, autoaugment="imagenet")
+    alone = imagenet(str(folder), image_size=32, workers=0)
+    shared = imagenet(str(folder), image_size=32, workers=2)
+    assert same(batches(alone, 1, augment), batches(shared, 1, augment))
+    assert same(list(data.test_batches(alone, 4)), list(data.test_batches(shared, 4)))
+
+
+def test_order_and_crops_follow_from_seed_and_epoch(folder: Path) -> None:
+    source = imagenet(str(folder), **SMALL)
+    state = random.getstate(), torch.get_rng_state()
+    first = batches(source, epoch=0)
+    assert same(first, batches(source, epoch=0))
+    assert random.getstate() == state[0]
+    assert torch.equal(torch.get_rng_state(), state[1])
+    random.seed(1)
+    assert same(first, batches(source, epoch=0))
+    assert not same(first, batches(source, epoch=1))
+    assert same(first[2:], list(data.train_batches(source, 4, CROPPED, seed=3, epoch=0, start=2)))
+    # One image, four epochs: a crop each.
+    alone = imagenet(str(folder), train_size=3, **SMALL)
+    views = {
+        (int(label), image.numpy().tobytes())
+        for epoch in range(4)
+        for x, y in data.train_batches(alone, 3, Augment(random_resized_crop=True), seed=0, epoch=epoch)
+        for image, label in zip(x, y, strict=True)
+    }
+    assert len(views) == 12
+
+
+def test_train_size_and_too_few_images_for_validation_mode(folder: Path) -> None:
+    whole = imagenet(str(folder), **SMALL)
+    part = imagenet(str(folder), train_size=6, seed=1, **SMALL)
+    assert len(part.train_images) == len(part.train_labels) == 6
+    assert set(part.train_labels.tolist()) == {0, 1, 2}
+    assert len(part.test_labels) == len(whole.test_labels)
+    with pytest.raises(ValueError, match="cannot divide 15 images by class"):  # a tenth of 15 is one image
+        imagenet(str(folder), validation=True, **SMALL)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_truncated_file_is_named(folder: Path, tmp_path: Path, workers: int) -> None:
+    shutil.copytree(folder, tmp_path / "copy")
+    broken = tmp_path / "copy" / "val" / "n01443537" / "n01443537_0.JPEG"
+    broken.write_bytes(broken.read_bytes()[:-300])
+    source = imagenet(str(tmp_path / "copy"), image_size=32, workers=workers)
+    with pytest.raises(
+        ValueError, match=r"cannot decode .*/copy/val/n01443537/n01443537_0.JPEG: .*trunc"
+    ) as e:
+        list(data.test_batches(source, 4))
+    assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("layout", ["folder", "webdataset"])
+def test_a_class_missing_in_validation(
+    layout: str, folder: Path, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    if layout == "folder":
+        shutil.copytree(folder, tmp_path / "copy")
+        shutil.rmtree(tmp_path / "copy" / "val" / "n01443537")
+        root, missing = tmp_path / "copy", "n01443537"
+    else:
+        root, missing = request.getfixturevalue("webdataset"), "2"
+        (root / "imagenet-val-000001.tar").unlink()
+    with pytest.raises(ValueError, match=rf"same classes: .*{missing} only in train"):
+        imagenet(str(root), **SMALL)
+
+
+def test_a_root_without_the_splits(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"no train images in .*expected ROOT/train/<class>/\*"):
+        imagenet(str(tmp_path), **SMALL)
+    shutil.copytree(folder / "train", tmp_path / "train")
+    with pytest.raises(FileNotFoundError, match=r"no val images in .*dataset.root=ROOT"):
+        imagenet(str(tmp_path), **SMALL)
+    (tmp_path / "val" / "n01443537").mkdir(parents=True)
+    with pytest.raises(FileNotFoundError, match=r"no images in .*/val"):
+        imagenet(str(tmp_path), **SMALL)
+
+
+def test_a_shard_without_a_label_or_images(webdataset: Path, tmp_path: Path) -> None:
+    with tarfile.open(webdataset / "imagenet-val-000000.tar", "a") as archive:
+        archive.addfile(tarfile.TarInfo("extra.jpg"))
+    with pytest.raises(ValueError, match=r"imagenet-val-000000.tar: extra.jpg has no label extra.cls"):
+        imagenet(str(webdataset), **SMALL)
+
+
+def test_both_names_of_the_validation_split(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder / "train", tmp_path / "train")
+    shutil.copytree(folder / "val", tmp_path / "validation")
+    assert len(imagenet(str(tmp_path), **SMALL).test_labels) == 6
