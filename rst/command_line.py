@@ -63,9 +63,8 @@ def recipe(protocol: str | None, dataset: str, model: str, augment: str) -> str:
     return "cifar_cnn"
 
 
-OmegaConf.register_new_resolver(
-    "recipe", recipe, replace=True
-)  # here, for processes that only unpickle a task
+# At import, for a launcher's processes, which do no more than unpickle a task.
+OmegaConf.register_new_resolver("recipe", recipe, replace=True)
 
 
 def task(function: Callable[[DictConfig], object]) -> Callable[[DictConfig], None]:

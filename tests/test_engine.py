@@ -89,6 +89,32 @@ def test_the_recipe_written_out(method):
     assert metrics[-1]["propagations"] == (6 if method is None else 12)
 
 
+def test_mixed_labels_reach_loss_and_accuracy():
+    """The loss is the cross entropy with probabilities; the accuracy counts the image's own label."""
+    model = some_model()
+    theirs = copy.deepcopy(model)
+    mixing = Augment(mixup=1.0)
+    run = training(model, epochs=1, l2=0.0)
+    run.augment = mixing
+    (metrics,) = run.run()
+    batches = list(train_batches(some_data(), BATCH, mixing, SEED, 0))
+    own = [labels for _, labels in train_batches(some_data(), BATCH, Augment(), SEED, 0)]
+    optimizer = torch.optim.SGD(theirs.parameters(), lr=0.5, momentum=0.9, nesterov=True)
+    losses, correct = [], 0
+    for t, ((x, targets), y) in enumerate(zip(batches, own, strict=True)):
+        optimizer.param_groups[0]["lr"] = 0.5 * cosine(t / 2)
+        logits = theirs(x)
+        loss = -(targets * logits.log_softmax(1)).sum(1).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(theirs.parameters(), CLIP)
+        optimizer.step()
+        losses.append(loss.item())
+        correct += (logits.argmax(1) == y).sum().item()
+    assert metrics["train_loss"] == pytest.approx(sum(losses) / 2, rel=1e-5)
+    assert metrics["train_accuracy"] == correct / 8
+
+
 def test_evaluation_covers_the_whole_test_set():
     model = some_model()
     run = training(model, epochs=1)
