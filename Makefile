@@ -4,13 +4,24 @@ PROTOCOL ?= quick
 TABLE ?= overview
 LAUNCHER ?= joblib
 ARGS ?= # overrides for every run of a table, such as epochs=1
+REUSE ?= # 1: runs that results/<protocol>/runs.csv records count as complete
+RATE ?= # images a second and propagation, for the plan; measured when not given
 JOBS ?= $(shell $(PYTHON) -c 'import os; print(os.cpu_count())')
 BIN := .venv/bin
 
-.PHONY: reproduce-tables readme test lint format clean
+WHICH = --protocol $(PROTOCOL) --table $(TABLE)
+
+.PHONY: reproduce-tables tables plan readme test lint format clean
 
 reproduce-tables: .venv/stamp
-	$(BIN)/python scripts/reproduce.py --protocol $(PROTOCOL) --table $(TABLE) --launcher $(LAUNCHER) --jobs $(JOBS) $(ARGS)
+	$(BIN)/python scripts/reproduce.py $(WHICH) $(if $(REUSE),--reuse) --launcher $(LAUNCHER) --jobs $(JOBS) $(ARGS)
+
+# Tables of what has run so far, also while make reproduce-tables is running.
+tables: .venv/stamp
+	$(BIN)/python scripts/reproduce.py $(WHICH) --collect $(ARGS)
+
+plan: .venv/stamp
+	$(BIN)/python scripts/plan.py $(WHICH) $(if $(RATE),--images-per-second $(RATE)) $(ARGS)
 
 readme: .venv/stamp
 	$(BIN)/python scripts/readme.py

@@ -1,28 +1,29 @@
 """Train one model: `python train.py method=rst schedule=linear model=wrn28_10`, or a sweep with `-m`."""
 
 import logging
-import shlex
 import sys
 from pathlib import Path
 from typing import Any
 
 import hydra
 import torch
-from hydra.conf import HydraConf
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from tqdm import tqdm
 
-from rst import Warmup, checkpoint, expected_propagations, propagations_std
-from rst.command_line import check, launch, task
+from rst import checkpoint, expected_propagations, propagations_std
+from rst.command_line import describe, launch, task
+from rst.cost import schedule_of
 from rst.data import steps_per_epoch
+from rst.device import cpu_threads, lease
 from rst.draws import draw
-from rst.engine import Training, cpu_threads, pick_device
+from rst.engine import Training
 from rst.listing import listing
 from rst.lr_schedule import with_warmup
 from rst.record import Run, peak_memory_bytes, provenance, reset_peak_memory, summarize
+from rst.tracking import Tracker
 
 log = logging.getLogger("train")
 ROOT = Path(__file__).resolve().parent
@@ -31,13 +32,15 @@ ROOT = Path(__file__).resolve().parent
 @hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name="train")
 @task
 def main(cfg: DictConfig) -> None:
-    run = describe(cfg, HydraConfig.get())
+    hydra_cfg = HydraConfig.get()
+    run = describe(cfg, hydra_cfg)
     result = run.result()
     if result is not None:
         log.info("%s is complete, nothing to run", run.folder)
     else:
-        with cpu_threads(run.config["threads"]):
-            result = train(run, verbose=HydraConfig.get().mode is RunMode.RUN)
+        sweep = hydra_cfg.mode is RunMode.MULTIRUN
+        with cpu_threads(run.config["threads"]), lease(run.config["device"], wait=sweep) as device:
+            result = train(run, device, verbose=not sweep)
     log.info(
         "%s: test accuracy %.2f %%, best %.2f %%, propagation count %.3f, expected %.3f, %.1f s of training",
         run.name,
@@ -49,33 +52,20 @@ def main(cfg: DictConfig) -> None:
     )
 
 
-def describe(cfg: DictConfig, hydra_cfg: HydraConf) -> Run:
-    """The run that a composed configuration and Hydra's part of it stand for."""
-    chosen = hydra_cfg.runtime.choices.items()
-    choices = {str(group): str(name) for group, name in chosen if not str(group).startswith("hydra/")}
-    command = shlex.join(["python", "train.py", *hydra_cfg.overrides.task])
-    config: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
-    check(config, choices)
-    return Run(Path(config["outputs"]), config, choices, command)
-
-
-def train(run: Run, verbose: bool) -> dict[str, Any]:
+def train(run: Run, device: torch.device, verbose: bool) -> dict[str, Any]:
     """One run, new or resumed, from its configuration to its result."""
     config = run.config
 
     def build(group: str) -> Any:
         return instantiate(config[group], _convert_="all")
 
-    device = pick_device(config["device"])
     made_with = provenance(device)
     reset_peak_memory(device)
-    schedule, lr_factor = build("schedule"), build("lr_schedule")
     data = build("dataset").to(device)
     epoch_steps = steps_per_epoch(data, config["batch_size"])
     total_steps = config["epochs"] * epoch_steps
-    if warmup := config["warmup_epochs"]:
-        schedule = Warmup(schedule, warmup * epoch_steps)
-        lr_factor = with_warmup(lr_factor, warmup / config["epochs"])
+    schedule = schedule_of(config, epoch_steps)
+    lr_factor = with_warmup(build("lr_schedule"), config["warmup_epochs"] / config["epochs"])
 
     torch.manual_seed(draw(config["seed"], "init"))
     _, channels, height, width = data.train_images.shape
@@ -87,9 +77,24 @@ def train(run: Run, verbose: bool) -> dict[str, Any]:
     settings = {key: config[key] for key in ("epochs", "batch_size", "seed", "l2", "clip_norm", "precision")}
     training = Training(model, optimizer, lr_factor, data, build("augment"), **settings)
     tracker = build("tracker")(
-        run_name=run.name, group="-".join(run.labels), tags=run.labels, folder=run.folder, config=config
+        run_name=run.name,
+        group="-".join(run.labels),
+        job_type=run.choices["method"],
+        tags=run.labels,
+        folder=run.folder,
+        config={**config, "choices": run.choices},
     )
+    with run.lock():
+        # Another process may have completed it while this one was waiting for its device.
+        return run.result(warn=False) or fit(run, training, tracker, made_with, verbose)
 
+
+def fit(
+    run: Run, training: Training, tracker: Tracker, made_with: dict[str, Any], verbose: bool
+) -> dict[str, Any]:
+    """Train what is left of a run whose folder is locked, and write down each epoch and the result."""
+    optimizer, device = training.optimizer, training.device
+    schedule, total_steps = optimizer.schedule, optimizer.total_steps
     state = checkpoint.load(run.checkpoint)
     commits = [made_with["commit"]]
     if state is not None:

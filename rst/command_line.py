@@ -2,16 +2,21 @@
 
 import logging
 import os
+import shlex
 import sys
 from collections.abc import Callable
 from functools import wraps
+from pathlib import Path
 from typing import Any
 
+from hydra.conf import HydraConf
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, InstantiationException, MissingConfigException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue
+
+from rst.record import Run
 
 log = logging.getLogger(__name__)
 _failures: list[Exception] = []
@@ -65,6 +70,16 @@ def recipe(protocol: str | None, dataset: str, model: str, augment: str) -> str:
 
 # At import, for a launcher's processes, which do no more than unpickle a task.
 OmegaConf.register_new_resolver("recipe", recipe, replace=True)
+
+
+def describe(cfg: DictConfig, hydra_cfg: HydraConf) -> Run:
+    """The run that a composed configuration and Hydra's part of it stand for."""
+    chosen = hydra_cfg.runtime.choices.items()
+    choices = {str(group): str(name) for group, name in chosen if not str(group).startswith("hydra/")}
+    command = shlex.join(["python", "train.py", *hydra_cfg.overrides.task])
+    config: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    check(config, choices)
+    return Run(Path(config["outputs"]), config, choices, command)
 
 
 def task(function: Callable[[DictConfig], object]) -> Callable[[DictConfig], None]:

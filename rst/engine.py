@@ -3,7 +3,6 @@
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,38 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rst.data import Augment, ImageData, steps_per_epoch, test_batches, train_batches
+from rst.device import PRECISIONS
 from rst.draws import draw
 from rst.optim import RST
-
-PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-def pick_device(name: str) -> torch.device:
-    """ "auto" is the first CUDA device, else Apple's GPU, else the CPU.
-
-    Raises:
-        ValueError: for a device that is unknown or not there.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"device={name} cannot be used ({reason}); try device=auto") from error
-    return device
-
-
-@contextmanager
-def cpu_threads(number: int | None) -> Iterator[None]:
-    """Run with that many threads (None: as many as now) and set the former number back."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(number or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 class _L2(torch.autograd.Function):

@@ -2,12 +2,14 @@
 
 import hashlib
 import json
+import logging
 import os
 import platform
 import re
 import socket
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cache
@@ -15,10 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from omegaconf import OmegaConf
 
 from rst import __version__
 from rst.checkpoint import write_atomically
+
+log = logging.getLogger(__name__)
 
 SCHEMA = 1
 _CLEAR_REFS = Path("/proc/self/clear_refs")
@@ -53,6 +58,10 @@ def identity(config: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
+class RunBusyError(OSError):
+    """Another process is at this run."""
+
+
 @dataclass(frozen=True)
 class Run:
     """A run's files: `config.yaml`, `metrics.jsonl` (a line an epoch), `checkpoint.pt` and `result.json`.
@@ -76,6 +85,11 @@ class Run:
         return identity(self.config)
 
     @property
+    def without_seed(self) -> str:
+        """`id` of all the runs that differ in nothing but their seed."""
+        return identity({key: value for key, value in self.config.items() if key != "seed"})
+
+    @property
     def labels(self) -> list[str]:
         """What the run is, in words: data set, model, augmentation, method, schedule."""
         timm_model = {"model": self.config["model"]["name"]} if self.choices["model"] == "timm" else {}
@@ -96,32 +110,92 @@ class Run:
     def checkpoint(self) -> Path:
         return self.folder / "checkpoint.pt"
 
-    def result(self) -> dict[str, Any] | None:
-        """The result of a completed run, else None."""
+    def result(self, warn: bool = True) -> dict[str, Any] | None:
+        """The result of a completed run, else None: also where `result.json` is damaged or of another schema
+        version, which is left as it is, with a warning."""
         path = self.folder / "result.json"
         if not path.exists():
             return None
         try:
-            return json.loads(path.read_text())
-        except ValueError as error:
-            raise ValueError(f"{path} is damaged ({error}): remove it, and the run goes on") from error
+            result = json.loads(path.read_text())
+            if result["schema"] == SCHEMA:
+                return result
+            reason = f"is of schema version {result['schema']}, not {SCHEMA}"
+        except (ValueError, KeyError, TypeError) as error:
+            reason = f"is damaged ({error})"
+        if warn:
+            log.warning("%s %s: the run counts as not complete", path, reason)
+        return None
 
-    def open(self, metrics: list[dict[str, Any]]) -> None:
-        """Make the folder, with the metrics of the epochs that a checkpoint already covers.
+    def failure(self) -> str | None:
+        """Why the run failed last, where it has neither completed nor been taken up since."""
+        try:
+            return json.loads((self.folder / "failed.json").read_text())["error"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def fail(self, reason: str) -> None:
+        """Record why the run failed, until it is taken up again."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        when = datetime.now(UTC).isoformat(timespec="seconds")
+        text = json.dumps({"error": reason, "command": self.command, "finished": when}, indent=1).encode()
+        write_atomically(self.folder / "failed.json", lambda file: file.write(text))
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the run's folder, made first, so that one process at a time runs it. Held by a process that
+        died, it is free.
 
         Raises:
-            PermissionError: with the reason, where it cannot be written.
+            RunBusyError: another process holds it.
+            PermissionError: the folder cannot be made.
         """
+        with ExitStack() as stack:
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(FileLock(self.folder / ".lock").acquire(timeout=0))
+            except Timeout:
+                raise RunBusyError(f"{self.folder} is being run by {self._holder()}") from None
+            except OSError as error:
+                raise PermissionError(
+                    f"cannot write to outputs={self.outputs} ({error.strerror}); choose another folder"
+                ) from error
+            (self.folder / ".holder").write_text(f"process {os.getpid()} on {socket.gethostname()}")
+            yield
+
+    def is_locked(self) -> bool:
+        lock = FileLock(self.folder / ".lock")
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            config = OmegaConf.to_yaml(OmegaConf.create(self.config)).encode()
-            write_atomically(self.folder / "config.yaml", lambda file: file.write(config))
-            lines = "".join(json.dumps(row) + "\n" for row in metrics).encode()
-            write_atomically(self.folder / "metrics.jsonl", lambda file: file.write(lines))
-        except OSError as error:
-            raise PermissionError(
-                f"cannot write to outputs={self.outputs} ({error.strerror}); choose another folder"
-            ) from error
+            with lock.acquire(timeout=0):
+                return False
+        except Timeout:
+            return True
+        except OSError:  # no such folder
+            return False
+
+    def begun_since(self, moment: float) -> bool:
+        """Whether a process took the run up after `moment`, in seconds since 1970."""
+        holder = self.folder / ".holder"
+        return holder.exists() and holder.stat().st_mtime >= moment - 1  # file systems round
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The lines of `metrics.jsonl`, none where there is no such file."""
+        path = self.folder / "metrics.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def _holder(self) -> str:
+        try:
+            return (self.folder / ".holder").read_text()
+        except OSError:
+            return "another process"
+
+    def open(self, metrics: list[dict[str, Any]]) -> None:
+        """Begin or go on: write the configuration, and the metrics of the epochs that a checkpoint covers."""
+        (self.folder / "failed.json").unlink(missing_ok=True)
+        config = OmegaConf.to_yaml(OmegaConf.create(self.config)).encode()
+        write_atomically(self.folder / "config.yaml", lambda file: file.write(config))
+        lines = "".join(json.dumps(row) + "\n" for row in metrics).encode()
+        write_atomically(self.folder / "metrics.jsonl", lambda file: file.write(lines))
 
     def append(self, metrics: dict[str, Any]) -> None:
         with (self.folder / "metrics.jsonl").open("a") as file:
@@ -140,7 +214,10 @@ class Run:
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         }
         text = json.dumps(result, indent=1, allow_nan=False).encode()
-        write_atomically(self.folder / "result.json", lambda file: file.write(text))
+        path = self.folder / "result.json"
+        if path.exists():  # one that cannot be read: see `result`
+            os.replace(path, path.with_suffix(".json.old"))
+        write_atomically(path, lambda file: file.write(text))
         return result
 
 

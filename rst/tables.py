@@ -1,19 +1,19 @@
-"""From the records of finished runs to a table: runs.csv, statistics over seeds, Markdown and CSV.
+"""From the records of finished runs to a table: runs.csv, curves.csv, statistics over seeds.
 
 Test error is 100·(1 − accuracy) in percent, at the last epoch. A table is a function of runs.csv and the rows
-asked for: the same runs.csv gives the same table, byte for byte.
+asked for: the same runs.csv gives the same table. `rst.rendering` writes it.
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from scipy import stats
-from tabulate import tabulate
 
 from rst.checkpoint import write_atomically
 
@@ -28,6 +28,21 @@ _COLUMNS = {
     "train_accuracy train_loss seconds.train seconds.evaluate seconds.data seconds.total images_per_second",
 }
 _TYPES = {column: dtype for dtype, columns in _COLUMNS.items() for column in columns.split()}
+_CURVE_TYPES = {"id": "string", "epoch": "Int64", "propagations": "Int64"} | dict.fromkeys(
+    ("train_loss", "train_accuracy", "test_loss", "test_accuracy"), "float64"
+)
+# What a table may show of a row. Its CSV holds everything.
+METRICS = (
+    "test_error",
+    "interval",
+    "difference_to_reference",
+    "difference_to_baseline",
+    "eta",
+    "eta_expected",
+    "time",
+    "best_epoch",
+    "published",
+)
 MIN_SEEDS = 3  # a spread over fewer says next to nothing: marked †, and no difference is claimed from it
 
 
@@ -51,10 +66,32 @@ def write_runs(frame: pd.DataFrame, path: Path) -> None:
 
 def read_runs(path: Path) -> pd.DataFrame:
     """The frame given to `write_runs`, equal in every value and type."""
+    frame = _read_text(path)
+    return frame.astype({name: dtype for name, dtype in _TYPES.items() if name in frame})
+
+
+def curves_frame(metrics: Mapping[str, Iterable[Mapping[str, Any]]]) -> pd.DataFrame:
+    """From the epochs' metrics of each run id: a line an epoch, by id and epoch. Propagations are counted
+    from the run's start, losses in nats."""
+    lines = [{"id": run, **epoch} for run, epochs in metrics.items() for epoch in epochs]
+    frame = pd.DataFrame(lines).reindex(columns=[*_CURVE_TYPES]).astype(_CURVE_TYPES)
+    return frame.sort_values(["id", "epoch"], ignore_index=True)
+
+
+def write_curves(frame: pd.DataFrame, path: Path) -> None:
+    """Write curves.csv as `write_runs` writes runs.csv."""
+    write_runs(frame, path)
+
+
+def read_curves(path: Path) -> pd.DataFrame:
+    """The frame given to `write_curves`, equal in every value and type."""
+    return _read_text(path).astype(_CURVE_TYPES)
+
+
+def _read_text(path: Path) -> pd.DataFrame:
     # Numbers by way of text: pandas' own parser may round the last digit.
     types = defaultdict(lambda: "string", dirty="boolean")
-    frame = pd.read_csv(path, dtype=types, keep_default_na=False, na_values=[""])
-    return frame.astype({name: dtype for name, dtype in _TYPES.items() if name in frame})
+    return pd.read_csv(path, dtype=types, keep_default_na=False, na_values=[""])
 
 
 @dataclass(frozen=True)
@@ -91,12 +128,12 @@ def paired_difference(values: pd.Series, reference: pd.Series) -> Estimate:
 
 @dataclass(frozen=True)
 class Row:
-    """A row asked for: its label, the command that reproduces it, the ids of its runs (one a seed), and the
-    published test error in percent, which needs a source."""
+    """A row asked for: its label, the command that reproduces it, the run id of each seed, and the published
+    test error in percent, which needs a source."""
 
     label: str
     command: str
-    runs: Sequence[str]
+    runs: Mapping[int, str]
     published: float | None = None
     source: str | None = None
 
@@ -108,15 +145,17 @@ class Row:
 @dataclass(frozen=True)
 class Table:
     """`frame` has a line for each `Row`, in their order, with numeric columns (errors in percent, differences
-    in percentage points); `setting` names data, model and epochs; `provenance` says where the numbers come
-    from."""
+    in percentage points); `setting` names data, model and epochs, `column` the same in short; `provenance`
+    says where the numbers come from; `metrics` are those of `METRICS` to show, None for the usual ones."""
 
     title: str
     setting: str
+    column: str
     frame: pd.DataFrame
     provenance: list[str]
     reference: str
     baseline: str
+    metrics: tuple[str, ...] | None
 
 
 def build_table(
@@ -126,28 +165,50 @@ def build_table(
     runs: pd.DataFrame,
     reference: str = "SAM",
     baseline: str = "SGD",
+    *,
+    column: str = "",
+    failures: Mapping[str, str] = MappingProxyType({}),
+    metrics: Sequence[str] | None = None,
 ) -> Table:
     """The statistics of each row over those of its runs that `runs` has. Differences are to the rows labelled
     `reference` and `baseline`, times relative to `baseline`'s.
 
-    Raises ValueError for two rows with one label, a label that no row has, two runs of one seed in a row.
+    A row is complete, partial, failed (no run finished, and at least one failed), or not run.
+
+    Args:
+        column: the setting in short; without it, `setting` itself.
+        failures: why runs failed, in a line, by run id. Those in `runs` have finished since.
+        metrics: what of `METRICS` is shown, in this order.
+
+    Raises ValueError for two rows with one label, a label that no row has, an unknown metric, a run of
+    another seed than its row says.
     """
     labels = [row.label for row in rows]
     if repeated := {label for label in labels if labels.count(label) > 1}:
         raise ValueError(f"two rows with one label: {', '.join(sorted(repeated))}")
     if unknown := {reference, baseline} - set(labels):
         raise ValueError(f"no row is labelled {', '.join(sorted(unknown))}; rows: {', '.join(labels)}")
-    found = {row.label: runs[runs["id"].isin([*row.runs])].set_index("seed").sort_index() for row in rows}
-    for label, group in found.items():
-        if not group.index.is_unique:
-            raise ValueError(f"row {label!r} has two runs of one seed: {', '.join(group['name'])}")
-    frame = pd.DataFrame([_line(row, found, reference, baseline) for row in rows])
+    if unknown := set(metrics or ()) - set(METRICS):
+        raise ValueError(f"unknown metrics: {', '.join(sorted(unknown))}; choose from {', '.join(METRICS)}")
+    found = {}
+    for row in rows:
+        group = runs[runs["id"].isin([*row.runs.values()])].set_index("seed").sort_index()
+        if not group["id"].to_dict().items() <= row.runs.items():
+            raise ValueError(f"row {row.label!r}: the seeds of its runs are not those asked for: {row.runs}")
+        found[row.label] = group
+    frame = pd.DataFrame([_line(row, found, failures, reference, baseline) for row in rows])
     used = pd.concat([group.reset_index().assign(label=label) for label, group in found.items()])
-    return Table(title, setting, frame, _provenance(used, frame), reference, baseline)
+    shown = None if metrics is None else tuple(metrics)
+    provenance = _provenance(used, frame)
+    return Table(title, setting, column or setting, frame, provenance, reference, baseline, shown)
 
 
-def _line(row: Row, found: dict[str, pd.DataFrame], reference: str, baseline: str) -> dict[str, Any]:
-    group, asked = found[row.label], len(set(row.runs))
+def _line(
+    row: Row, found: dict[str, pd.DataFrame], failures: Mapping[str, str], reference: str, baseline: str
+) -> dict[str, Any]:
+    group, asked = found[row.label], len(row.runs)
+    unfinished = {seed: run for seed, run in sorted(row.runs.items()) if seed not in group.index}
+    failed = {seed: " ".join(failures[run].split()) for seed, run in unfinished.items() if run in failures}
     error = 100 * (1 - group["test_accuracy"])
     statistics = {"test_error_percent": estimate(error)}
     for name in (reference, baseline):
@@ -158,21 +219,33 @@ def _line(row: Row, found: dict[str, pd.DataFrame], reference: str, baseline: st
     statistics["eta_expected"] = estimate(group["expected_propagations"] / group["steps"])
     statistics["train_seconds"] = estimate(group["seconds.train"])
     statistics["best_epoch_error_percent"] = estimate(100 * (1 - group["best_test_accuracy"]))
+    status = ("failed" if failed else "not run") if group.empty else "partial" if unfinished else "complete"
+    recorded = ("commit", "dirty", "versions.torch", "versions.cuda", "device", "device_name", "host")
     return {
         "label": row.label,
         "method": _distinct(group, "choices.method"),
-        "status": "not run" if group.empty else "partial" if len(group) < asked else "complete",
+        "status": status,
         "n_expected": asked,
         **{f"{name}.{part}": x for name, value in statistics.items() for part, x in asdict(value).items()},
         f"time_relative_to_{baseline}": _relative_time(group, found[baseline]),
         "published_error_percent": np.nan if row.published is None else row.published,
         "published_source": row.source,
         "seeds": " ".join(map(str, group.index)),
-        "commits": _distinct(group, "commit"),
-        "dirty": _distinct(group, "dirty"),
+        "first_failure": next(iter(failed.values()), ""),
+        "failures": _by_reason(failed),
+        **{column: _distinct(group, column) for column in recorded},
+        "first_finished": group["finished"].min(),
+        "last_finished": group["finished"].max(),
         "runs": " ".join(group["id"]),
         "command": row.command,
     }
+
+
+def _by_reason(failed: Mapping[int, str]) -> str:
+    seeds: dict[str, list[str]] = {}
+    for seed, reason in failed.items():
+        seeds.setdefault(reason, []).append(str(seed))
+    return "; ".join(f"seed{'s' * (len(s) > 1)} {' '.join(s)}: {reason}" for reason, s in seeds.items())
 
 
 def _relative_time(group: pd.DataFrame, baseline: pd.DataFrame) -> float:
@@ -185,8 +258,9 @@ def _relative_time(group: pd.DataFrame, baseline: pd.DataFrame) -> float:
 
 
 def _distinct(runs: pd.DataFrame, column: str) -> str:
-    values = set(runs[column].dropna()) if column in runs else set()
-    return "/".join(sorted(map(str, values)))
+    """The values of `column` in `runs`, a missing one as none."""
+    values = set(runs[column].astype("string").fillna("none")) if column in runs else set()
+    return "; ".join(sorted(values))
 
 
 def _spread(name: str, frame: pd.DataFrame, columns: Sequence[str]) -> str:
@@ -208,95 +282,13 @@ def _provenance(runs: pd.DataFrame, frame: pd.DataFrame) -> list[str]:
     days = sorted({runs["finished"].min()[:10], runs["finished"].max()[:10]})
     return [
         f"Runs: {runs['id'].nunique()}, finished {' to '.join(days)} (UTC).",
-        _spread("Sample", frame[frame["status"] != "not run"], ["test_error_percent.n", "seeds"]),
+        _spread("Sample", frame[frame["seeds"] != ""], ["test_error_percent.n", "seeds"]),
         _spread("Code", runs, ["commit", "dirty"]),
         _spread("Software", runs, [f"versions.{part}" for part in ("python", "torch", "cuda", "rst")]),
         _spread("Machine", runs, ["host", "device", "device_name", "threads"]),
     ]
 
 
-def to_markdown(table: Table) -> str:
-    """Title, setting, a GitHub pipe table, the notes needed to read it, and the provenance."""
-    cells = [_cells(table, line) for line in table.frame.to_dict("records")]
-    body = tabulate(cells, headers="keys", tablefmt="pipe", disable_numparse=True)
-    notes = "\n".join(f"- {note}" for note in [*_notes(table), *table.provenance])
-    return f"# {table.title}\n\n{table.setting}\n\n{body}\n\n{notes}\n"
-
-
-def write_table(table: Table, path: Path) -> None:
-    """Write `to_markdown` to a path that ends in .md; to one in .csv `table.frame`, the numbers in full
-    precision, one column each. Other endings raise ValueError."""
-    if path.suffix == ".md":
-        text = to_markdown(table)
-    elif path.suffix == ".csv":
-        text = table.frame.to_csv(index=False, lineterminator="\n")
-    else:
-        raise ValueError(f"{path}: a table is written as .md or .csv")
-    write_atomically(path, lambda file: file.write(text.encode()))
-
-
 def estimate_of(line: pd.Series | dict[Any, Any], name: str) -> Estimate:
     """The estimate that a line of `Table.frame` holds in its columns `name`.mean, .std, .half_width, .n."""
     return Estimate(*(line[f"{name}.{part}"] for part in ("mean", "std", "half_width", "n")))
-
-
-def _cells(table: Table, line: dict[Any, Any]) -> dict[str, str]:
-    error, time = estimate_of(line, "test_error_percent"), line[f"time_relative_to_{table.baseline}"]
-    asked = f" of {line['n_expected']}" if line["status"] == "partial" else ""
-    cells = {
-        "Test error, last epoch (%)": f"{_mean(error)} {_count(error, asked)}",
-        "95 % interval": _interval(error) or "–",
-    }
-    for name in dict.fromkeys((table.reference, table.baseline)):
-        gap = estimate_of(line, f"difference_to_{name}")
-        parts = [_number(gap.mean, "+"), _interval(gap, "+"), _count(gap), "*" * gap.excludes_zero]
-        cells[f"Difference to {name} (points)"] = " ".join(filter(None, parts)) if gap.n else "–"
-    cells |= {
-        "η measured": f"{line['eta.mean']:.3f}",
-        "η expected": f"{line['eta_expected.mean']:.3f}",
-        f"Time / {table.baseline}'s": "" if np.isnan(time) else f"{time:.2f}",
-        "Best epoch (%), chosen on test data": _mean(estimate_of(line, "best_epoch_error_percent")),
-    }
-    if line["status"] == "not run":
-        cells = dict.fromkeys(cells, "not run")
-    published = line["published_error_percent"]
-    published = "unknown" if np.isnan(published) else f"{published:g} ({line['published_source']})"
-    cells = {"Method": line["label"], **cells, "Published (%)": published, "Command": f"`{line['command']}`"}
-    return {name.replace("|", "\\|"): text.replace("|", "\\|") for name, text in cells.items()}
-
-
-def _number(x: float, sign: str = "") -> str:
-    return f"{round(x, 2) + 0.0:{sign}.2f}".replace("-", "−")  # + 0.0: no negative zero
-
-
-def _mean(value: Estimate) -> str:
-    return _number(value.mean) + (f" ± {value.std:.2f}" if value.n > 1 else "")
-
-
-def _interval(value: Estimate, sign: str = "") -> str:
-    ends = (value.mean - value.half_width, value.mean + value.half_width)
-    return f"[{', '.join(_number(end, sign) for end in ends)}]" if value.n > 1 else ""
-
-
-def _count(value: Estimate, asked: str = "") -> str:
-    return f"(n = {value.n}{asked}{' †' * (value.n < MIN_SEEDS)})"
-
-
-def _notes(table: Table) -> list[str]:
-    frame, base = table.frame, table.baseline
-    done = frame[frame["status"] != "not run"]
-    notes = [
-        "Test error: mean ± sample standard deviation s over n seeds, at the last epoch; interval: 95 % "
-        "t-interval of the mean, ± t(0.975, n−1)·s/√n.",
-        "Difference: this row's error minus the other's of the same seed, over the seeds both have (negative "
-        "is better), and its 95 % t-interval. Only where * stands does the interval exclude 0 (n ≥ 3 and not "
-        "all equal; not corrected for the number of rows); elsewhere no difference is established.",
-        "η: average propagation count, forward-backward passes per step: 1 for SGD, 2 for SAM.",
-        f"Time: training seconds over {base}'s, given for the same host, device and thread count only.",
-        "Best epoch: chosen on the test data, hence too low; the last epoch is the result.",
-    ]
-    if blank := ", ".join(done.loc[done[f"time_relative_to_{base}"].isna(), "label"]):
-        notes.append(f"No time for {blank}: {base} has no runs on the same machine.")
-    if frame.filter(regex=r"^(test_error|difference).*\.n$").isin(range(1, MIN_SEEDS)).any(axis=None):
-        notes.append(f"† fewer than {MIN_SEEDS} seeds: no ground for a comparison.")
-    return notes

@@ -11,19 +11,31 @@ from typing import Any, Self
 
 logger = logging.getLogger(__name__)
 
+# What one compares at equal cost: W&B draws these over propagations too.
+HEADLINE = ("test_error_percent", "test_accuracy", "test_loss", "train_loss")
+
 
 class Tracker:
     """A sink for the metrics of one run, used as a with-block; a subclass fills in the four hooks.
 
     It cannot harm the run: the first exception in a hook becomes one warning, and nothing more is logged from
-    then on. `config` and what is logged are plain data (dict, list, str, number, None).
+    then on. `group` is shared by runs of one kind, `job_type` is the method. `config` and what is logged are
+    plain data (dict, list, str, number, None).
     """
 
     def __init__(
-        self, *, run_name: str, group: str, tags: Sequence[str], folder: Path, config: Mapping[str, Any]
+        self,
+        *,
+        run_name: str,
+        group: str,
+        job_type: str | None = None,
+        tags: Sequence[str],
+        folder: Path,
+        config: Mapping[str, Any],
     ) -> None:
         self.run_name = run_name
         self.group = group
+        self.job_type = job_type
         self.tags = list(tags)
         self.folder = Path(folder).resolve()
         self.config = dict(config)
@@ -76,8 +88,12 @@ class NoTracker(Tracker):
 
 
 class Wandb(Tracker):
-    """A Weights & Biases run, its files in the run's folder; every metric is drawn over `epoch`.
+    """A Weights & Biases run, its files in the run's folder.
 
+    Every metric is drawn over `epoch`. W&B has one axis a metric, so those of `HEADLINE` are logged a second
+    time, as `by_propagations/…`, and drawn over `propagations`. The summary is the result with what a table
+    derives from it, under the table's names: test errors in percent, and η, the propagations a step, measured
+    and expected. `run_group` replaces the run's own group: a table has one for all of its runs.
     `mode` is online, offline, disabled or auto: what WANDB_MODE says, else online where W&B has a key
     and offline where it has none; it never asks for one. An interrupted run that is resumed online continues
     its W&B run; offline, W&B starts another run of the same name. `init_timeout` and `finish_timeout`, in
@@ -111,6 +127,13 @@ class Wandb(Tracker):
         self._run: Any = None
 
     def _start(self) -> None:
+        self._open()
+        self._run.define_metric("epoch")
+        self._run.define_metric("*", step_metric="epoch")
+        for name in HEADLINE:  # in the summary they stand under their own names
+            self._run.define_metric(f"by_propagations/{name}", step_metric="propagations", summary="none")
+
+    def _open(self) -> None:
         import wandb
 
         # Before anything else of W&B's, which announces each step on the console.
@@ -127,12 +150,14 @@ class Wandb(Tracker):
             entity=self.entity,
             name=self.run_name,
             group=self.group,
+            job_type=self.job_type,
             tags=self.tags,
             config=self.config,
             dir=self.folder,
             mode=mode,  # type: ignore[arg-type]
-            # Two offline parts under one id would overwrite each other when they are synced.
-            id=self._id() if online else None,
+            # Always given, or WANDB_RUN_ID would merge a sweep's runs. Offline, a run's parts differ in it:
+            # under one id they would overwrite each other when they are synced.
+            id=self._id() if online else _new_id(),
             resume="allow" if online else None,
             # In a sweep's process, a run left open would otherwise receive the next one's metrics.
             reinit="finish_previous",
@@ -143,9 +168,6 @@ class Wandb(Tracker):
                 finish_timeout=self.finish_timeout,
             ),
         )
-        # W&B has one axis a metric. `propagations` is in every row, so that a workspace can be set to it.
-        self._run.define_metric("epoch")
-        self._run.define_metric("*", step_metric="epoch")
         if online:
             logger.info("W&B run %s", self._run.url)
 
@@ -155,19 +177,81 @@ class Wandb(Tracker):
         file = self.folder / "wandb" / "id"
         if not file.exists():
             file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(uuid.uuid4().hex[:8])
+            file.write_text(_new_id())
         return file.read_text()
 
     def _log(self, row: dict[str, Any]) -> None:
+        if "test_accuracy" in row:
+            row["test_error_percent"] = _error_percent(row["test_accuracy"])
+        row |= {f"by_propagations/{name}": row[name] for name in HEADLINE if name in row}
         self._run.log(row)  # without step=: a resumed run repeats epochs, and W&B drops steps that go back
 
     def _summary(self, result: dict[str, Any]) -> None:
-        self._run.summary.update(result)
+        derived = {
+            "test_error_percent": _error_percent(result["test_accuracy"]),
+            "best_epoch_error_percent": _error_percent(result["best_test_accuracy"]),
+            "eta": result["propagations"] / result["steps"],
+            "eta_expected": result["expected_propagations"] / result["steps"],
+        }
+        self._run.summary.update(result | derived)
 
     def _finish(self, completed: bool) -> None:
         # Not W&B's own with-block, which prints the traceback of a failed run.
         if self._run is not None:
             self._run.finish(exit_code=0 if completed else 1)
+
+
+class WandbTable(Wandb):
+    """The W&B run of a finished table: its files, and no metrics."""
+
+    def __init__(self, files: Sequence[Path], **run: Any) -> None:
+        super().__init__(**run)
+        self.files = list(files)
+
+    def _start(self) -> None:
+        import pandas as pd
+        import wandb
+
+        self._open()
+        artifact = wandb.Artifact(self.run_name, type="table")
+        for file in self.files:
+            artifact.add_file(str(file))
+        self._run.log_artifact(artifact)
+        for file in self.files:
+            if file.suffix == ".png":
+                self._run.log({f"figure/{file.stem}": wandb.Image(str(file))})
+            elif file.suffix == ".csv":
+                frame = pd.read_csv(file)
+                # W&B would write an empty cell as NaN, which is not JSON.
+                frame = frame.astype(object).where(frame.notna(), None)
+                self._run.log({f"table/{file.stem}": wandb.Table(dataframe=frame)})
+
+    def _finish(self, completed: bool) -> None:
+        super()._finish(completed and not self._failed)
+
+
+def log_table(files: Sequence[Path], *, name: str, group: str, folder: Path, **settings: Any) -> None:
+    """Log a finished table to Weights & Biases, as a run of job type `table` beside the table's own runs.
+
+    It holds the files as one artifact of type `table`; PNGs are logged as images too, CSVs as W&B tables. As
+    with a tracker, a failure is one warning.
+
+    Args:
+        name: of the W&B run and of the artifact; letters, digits, `-`, `_` and `.`.
+        group: that of the table's runs.
+        folder: for W&B's files, another for each table: logged again from there online, a table continues its
+            W&B run, and its artifact gets a new version.
+        settings: `Wandb`'s project, entity, mode and timeouts.
+    """
+    try:
+        table = WandbTable(
+            files, run_name=name, group=group, job_type="table", tags=[], folder=folder, config={}, **settings
+        )
+    except ValueError as error:  # the runs would have raised it, but all of them may be complete
+        logger.warning("the table is not logged: %s", error)
+        return
+    with table:
+        pass
 
 
 class TensorBoard(Tracker):
@@ -207,6 +291,14 @@ class TensorBoard(Tracker):
     def _finish(self, completed: bool) -> None:
         if self._writer is not None:
             self._writer.close()
+
+
+def _new_id() -> str:
+    return uuid.uuid4().hex[:8]
+
+
+def _error_percent(accuracy: float) -> float:
+    return 100 * (1 - accuracy)
 
 
 def _as_markdown(data: Mapping[str, Any]) -> str:

@@ -1,72 +1,185 @@
-"""Run what is missing of a table under a protocol, then write the table (`make reproduce-tables`)."""
+"""Run what is missing of tables under a protocol, then write them (make reproduce-tables, make tables)."""
 
 import argparse
 import os
 import shlex
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+from filelock import FileLock
 from hydra import compose, initialize_config_dir
 from hydra._internal.callbacks import Callbacks
 from hydra.core.global_hydra import GlobalHydra
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.types import HydraContext
-from omegaconf import OmegaConf, open_dict
+from omegaconf import OmegaConf
 
 from rst.command_line import launch, one_line
-from rst.plots import error_against_propagations
-from rst.record import Run
-from rst.tables import Row, build_table, runs_frame, to_markdown, write_runs, write_table
+from rst.cost import Measurements, cost_of, schedule_of, steps_per_epoch
+from rst.device import cpu_cores
+from rst.plots import error_against_propagations, schedule_figure, training_curves
+from rst.record import Run, RunBusyError
+from rst.rendering import index, to_markdown, write_report
+from rst.sweeps import Cell, RowSpec, Specification, cells, composed, options, read_specification
+from rst.tables import (
+    Row,
+    Table,
+    build_table,
+    curves_frame,
+    read_curves,
+    read_runs,
+    runs_frame,
+    write_curves,
+    write_runs,
+)
+from rst.tracking import log_table
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-import train  # noqa: E402  (it lies in the root, beside this folder)
-
 CONF = ROOT / "conf"
+POLL = 5.0  # seconds between looks at a run that another process is at
 
 
 @dataclass(frozen=True)
-class Cell:
-    """One run of a table: a row at one seed."""
+class TableRuns:
+    """A table's specification and its runs: by column, then by row."""
 
-    overrides: list[str]
-    run: Run
+    spec: Specification
+    columns: dict[tuple[str, ...], list[tuple[RowSpec, list[Cell]]]]
+
+    @property
+    def cells(self) -> list[Cell]:
+        return [cell for rows in self.columns.values() for _, row in rows for cell in row]
 
 
-def options(group: str) -> list[str]:
-    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+def gather(names: Iterable[str], protocol: str, common: Sequence[str]) -> list[TableRuns]:
+    """The runs of these tables. Within `initialize_config_dir`."""
+    tables = []
+    for name in names:
+        spec = read_specification(CONF, name, protocol)
+        columns: dict[tuple[str, ...], list[tuple[RowSpec, list[Cell]]]] = {}
+        for column, row, found in cells(spec, CONF, protocol, common):
+            columns.setdefault(tuple(column), []).append((row, found))
+        tables.append(TableRuns(spec, columns))
+    return tables
 
 
-def cells_of(overrides: list[str]) -> list[Cell]:
-    """The runs that `python train.py -m` would do: a seed each, those of the overrides or of the protocol."""
-    given = [override for override in overrides if override.startswith("seed=")]
-    others = [override for override in overrides if override not in given]
-    if not given:
-        protocol = compose("train", others, return_hydra_config=True)
-        given = [f"seed={protocol.hydra.sweeper.params.get('seed', protocol.seed)}"]
-    sweep = OverridesParser.create().parse_override(given[-1])
-    seeds = sweep.sweep_string_iterator() if sweep.is_sweep_override() else [str(sweep.value())]
-    cells = []
-    for seed in seeds:
-        cell = [*others, f"seed={seed}"]
-        cfg = compose("train", cell, return_hydra_config=True)
-        with open_dict(cfg):
-            hydra_cfg = cfg.pop("hydra")
-        cells.append(Cell(cell, train.describe(cfg, hydra_cfg)))
-    return cells
+def missing(tables: Sequence[TableRuns], recorded: set[str]) -> list[Cell]:
+    """The runs, each once, that have no result and are not among the recorded ids."""
+    unique = {cell.run.id: cell for table in tables for cell in table.cells}
+    return [cell for cell in unique.values() if cell.run.id not in recorded and not cell.run.result()]
+
+
+def longest_first(batch: Iterable[Cell], known: Measurements) -> list[Cell]:
+    """So that none of the long ones begins when the others have ended."""
+    work = {cell.run.id: cost_of(cell.run.config, known).work for cell in batch}
+    return sorted(batch, key=lambda cell: -work[cell.run.id])
+
+
+class Launcher:
+    """A Hydra launcher, given a batch of jobs as `python train.py -m` gives it those of a grid."""
+
+    def __init__(self, name: str, jobs: int, place: Sequence[str]) -> None:
+        self.overrides = ["hydra.mode=MULTIRUN", f"hydra/launcher={name}", "hydra/hydra_logging=none", *place]
+        self.overrides += [f"hydra.launcher.n_jobs={jobs}"] if name == "joblib" else []
+        compose("train", self.overrides, return_hydra_config=True)  # an unknown launcher fails now
+
+    def run(self, batch: Sequence[Cell]) -> Sequence[JobReturn]:
+        import train  # here, as it takes seconds, and a table that is complete does not need it
+
+        config = compose("train", self.overrides, return_hydra_config=True)
+        context = HydraContext(GlobalHydra.instance().config_loader(), Callbacks(config))
+        task = train.main.__wrapped__  # what hydra.main decorates
+        plugin = Plugins.instance().instantiate_launcher(context, task, config)
+        return plugin.launch([cell.overrides for cell in batch], initial_job_idx=0)
+
+
+def run_all(batch: Sequence[Cell], launcher: Launcher) -> dict[str, str]:
+    """Run them, in order, waiting for those that another process is at. Returns why runs failed, by id."""
+    failures: dict[str, str] = {}
+    pending = list(batch)
+    while pending:
+        pending = [cell for cell in pending if cell.run.result(warn=False) is None]
+        free = [cell for cell in pending if not cell.run.is_locked()]
+        if not free:
+            time.sleep(POLL if pending else 0)
+            continue
+        reasons = _run_batch(free, launcher)
+        for cell in free:
+            error = reasons[cell.run.id]
+            if error is not None and not isinstance(error, RunBusyError):
+                failures[cell.run.id] = one_line(error)
+                cell.run.fail(failures[cell.run.id])
+        pending = [cell for cell in pending if cell.run.id not in failures]
+    return failures
+
+
+def _run_batch(batch: Sequence[Cell], launcher: Launcher) -> dict[str, Exception | None]:
+    """What each run raised, by id.
+
+    A process that is killed takes its launcher's whole batch down. Then the runs that were begun go on one by
+    one, so that it is known which of them it is, and the others as a batch again.
+    """
+    started = time.time()
+    try:
+        returns = launcher.run(batch)
+    except Exception as error:
+        if len(batch) == 1:
+            return {batch[0].run.id: ChildProcessError(f"its process died ({_kind(error)})")}
+        print(f"a process died ({_kind(error)}): looking for the run", flush=True)
+        unfinished = [cell for cell in batch if cell.run.result(warn=False) is None]
+        begun = [cell for cell in unfinished if cell.run.begun_since(started)] or unfinished[:1]
+        others = [cell for cell in unfinished if cell not in begun]
+        reasons: dict[str, Exception | None] = {cell.run.id: None for cell in batch}
+        for cell in begun:
+            reasons |= _run_batch([cell], launcher)
+        return reasons | (_run_batch(others, launcher) if others else {})
+    failed = [job.status is not JobStatus.COMPLETED for job in returns]
+    raised = [job._return_value if bad else None for job, bad in zip(returns, failed, strict=True)]
+    return {cell.run.id: error for cell, error in zip(batch, raised, strict=True)}
+
+
+def _kind(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+
+
+def collect(folder: Path, runs: Iterable[Run], outputs: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Add these runs' results to runs.csv and their epochs to curves.csv. Returns both, older rows too."""
+    outputs.mkdir(parents=True, exist_ok=True)
+    with FileLock(outputs / f".{folder.name}-results.lock"):  # a second driver may be at it
+        frame, curves = recorded_in(folder)
+        done = [(run, result) for run in runs if (result := run.result(warn=False)) is not None]
+        if done:
+            older: list[Any] = frame.to_dict("records")
+            frame = runs_frame([*older, *(result for _, result in done)])
+            new = curves_frame({run.id: run.metrics() for run, _ in done})
+            curves = pd.concat([curves[~curves["id"].isin(new["id"])], new])
+            curves = curves.sort_values(["id", "epoch"], ignore_index=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_runs(frame, folder / "runs.csv")
+        write_curves(curves, folder / "curves.csv")
+    return frame, curves
+
+
+def recorded_in(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """runs.csv and curves.csv of a results folder; empty ones where there are none."""
+    runs, curves = folder / "runs.csv", folder / "curves.csv"
+    return (
+        read_runs(runs) if runs.exists() else runs_frame([]),
+        read_curves(curves) if curves.exists() else curves_frame({}),
+    )
 
 
 def setting_of(run: Run, protocol: str) -> str:
     """Data, model and augmentation, with the values that differ from their group's; epochs and batch size."""
     groups = ("dataset", "model", "augment")
     plain: Any = OmegaConf.to_container(
-        compose("train", [f"{group}={run.choices[group]}" for group in groups])
+        composed([f"{group}={run.choices[group]}" for group in groups], CONF)[0], resolve=True
     )
     parts = [f"Protocol {protocol}"]
     for group in groups:
@@ -76,75 +189,132 @@ def setting_of(run: Run, protocol: str) -> str:
     return ", ".join([*parts, f"{run.config['epochs']} epochs", f"batch size {run.config['batch_size']}"])
 
 
-def run_batch(batch: list[list[str]], launcher: str, jobs: int, place: list[str]) -> Sequence[JobReturn]:
-    """Give the jobs to a Hydra launcher, as `python train.py -m` does with those of a grid."""
-    overrides = ["hydra.mode=MULTIRUN", f"hydra/launcher={launcher}", "hydra/hydra_logging=none", *place]
-    if launcher == "joblib":
-        overrides.append(f"hydra.launcher.n_jobs={jobs}")
-    config = compose("train", overrides, return_hydra_config=True)
-    context = HydraContext(GlobalHydra.instance().config_loader(), Callbacks(config))
-    task = train.main.__wrapped__  # what hydra.main decorates
-    plugin = Plugins.instance().instantiate_launcher(context, task, config)
-    return plugin.launch(batch, initial_job_idx=0)
+def build(
+    table: TableRuns, protocol: str, common: Sequence[str], runs: pd.DataFrame, failures: dict[str, str]
+) -> list[Table]:
+    """A report: the table's statistics in each of its columns."""
+    spec, report = table.spec, []
+    seeds = [f"seed={spec.seeds}"] if spec.seeds else []
+    for column, found in table.columns.items():
+        rows = []
+        for row, row_cells in found:
+            overrides = [f"protocol={protocol}", *column, *row.overrides, *common, *seeds]
+            command = shlex.join(["python", "train.py", "-m", *overrides])
+            ids = {cell.seed: cell.run.id for cell in row_cells}
+            rows.append(Row(row.label, command, ids, row.published, row.source))
+        run = found[0][1][0].run
+        report.append(
+            build_table(
+                spec.title,
+                setting_of(run, protocol),
+                rows,
+                runs,
+                spec.reference,
+                spec.baseline,
+                column=" / ".join(run.choices[group] for group in ("dataset", "model", "augment")),
+                failures=failures,
+                metrics=spec.metrics,
+            )
+        )
+    return report
+
+
+def write(table: TableRuns, report: list[Table], curves: pd.DataFrame, folder: Path) -> list[Path]:
+    """The report as Markdown, CSV and LaTeX, and its figures as PNG and PDF. Returns the files."""
+    name = table.spec.name
+    for suffix in (".md", ".csv", ".tex"):
+        write_report(report, folder / f"{name}{suffix}")
+    stems = [folder / name]
+    for one in report:
+        stem = folder / (name if len(report) == 1 else f"{name}-{one.column.replace(' / ', '-')}")
+        error_against_propagations(one, stem)
+        training_curves(one, curves, stem.with_name(f"{stem.name}-curves"))
+        stems += [stem, stem.with_name(f"{stem.name}-curves")]
+    first = next(iter(table.columns.values()))  # the schedules are the same in every column
+    config = first[0][1][0].run.config
+    epoch_steps = steps_per_epoch(config)
+    schedules = {row.label: schedule_of(found[0].run.config, epoch_steps) for row, found in first}
+    schedule_figure(schedules, config["epochs"] * epoch_steps, config["seed"], folder / f"{name}-schedules")
+    stems.append(folder / f"{name}-schedules")
+    return sorted(path for stem in set(stems) for path in folder.glob(f"{stem.name}.*"))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--protocol", default="quick", choices=options("protocol"))
-    parser.add_argument("--table", default="overview", choices=options("table"))
-    parser.add_argument(
-        "--launcher", default="joblib", help="a Hydra launcher: joblib, basic, submitit_slurm, …"
-    )
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes at once, with joblib")
+    parser.add_argument("--protocol", default="quick", choices=options(CONF, "protocol"))
+    parser.add_argument("--table", default="overview", help="names from conf/table with commas, or all")
+    parser.add_argument("--launcher", default="joblib", help="Hydra's: joblib, basic, submitit_slurm, ray, …")
+    parser.add_argument("--jobs", type=int, default=cpu_cores(), help="processes at once, with joblib")
     parser.add_argument("--outputs", default="outputs", help="folder of the run folders")
     parser.add_argument("--results", help="folder of the tables: results, with overrides OUTPUTS/results")
+    parser.add_argument("--reuse", action="store_true", help="what runs.csv records counts as complete")
+    parser.add_argument("--collect", action="store_true", help="run nothing, write tables of what there is")
     parser.add_argument("overrides", nargs="*", help="added to every run, such as epochs=1")
     arguments = parser.parse_args()
-    os.chdir(ROOT)
-    # A shortened table must not take the place of the whole one.
-    usual = f"{arguments.outputs}/results" if arguments.overrides else "results"
-    os.environ["OMP_NUM_THREADS"] = "1"  # in the processes to come: two of one thread beat one of two
-
-    specification: Any = OmegaConf.to_container(OmegaConf.load(CONF / "table" / f"{arguments.table}.yaml"))
-    common = [f"protocol={arguments.protocol}", *arguments.overrides]
-    # Left out where it is the default, so that the command which a run records holds anywhere.
-    place = [] if arguments.outputs == "outputs" else [f"outputs={arguments.outputs}"]
-    failures = []
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        cells = {
-            row["label"]: cells_of([*common, *row["overrides"], *place]) for row in specification["rows"]
-        }
-        all_cells = [cell for row in cells.values() for cell in row]
-        setting = setting_of(all_cells[0].run, arguments.protocol)
-        missing = [cell.overrides for cell in all_cells if cell.run.result() is None]
-        print(f"{len(all_cells)} runs, {len(missing)} of them to do", flush=True)
-        if missing:
-            returns = run_batch(missing, arguments.launcher, arguments.jobs, place)
-            failures = [job for job in returns if job.status is not JobStatus.COMPLETED]
-
-    results = [cell.run.result() for cell in all_cells]
-    runs = runs_frame(result for result in results if result is not None)
-    rows = [
-        Row(
-            label=row["label"],
-            command=shlex.join(["python", "train.py", "-m", *common, *row["overrides"]]),
-            runs=[cell.run.id for cell in cells[row["label"]]],
+    names = options(CONF, "table") if arguments.table == "all" else arguments.table.split(",")
+    if unknown := set(names) - set(options(CONF, "table")):
+        parser.error(
+            f"unknown table {', '.join(unknown)}: choose from {', '.join(options(CONF, 'table'))}, all"
         )
-        for row in specification["rows"]
-    ]
-    names = (specification["title"], setting)
-    table = build_table(*names, rows, runs, specification["reference"], specification["baseline"])
-    folder = Path(arguments.results or usual) / arguments.protocol
-    folder.mkdir(parents=True, exist_ok=True)
-    write_runs(runs, folder / "runs.csv")
-    write_table(table, folder / f"{arguments.table}.md")
-    write_table(table, folder / f"{arguments.table}.csv")
-    error_against_propagations(table, folder / f"{arguments.table}.png")
-    print(to_markdown(table))
-    print(f"written to {folder}: runs.csv, {arguments.table}.md, .csv and .png")
-    for job in failures:
-        print(f"failed: {' '.join(job.overrides or [])}: {one_line(job._return_value)}", file=sys.stderr)
+    os.chdir(ROOT)
+    sys.path.insert(0, str(ROOT))  # for train.py, also in a launcher's processes
+    # A shortened table must not take the place of the whole one.
+    results = Path(
+        arguments.results or (f"{arguments.outputs}/results" if arguments.overrides else "results")
+    )
+    folder = results / arguments.protocol
+    # Of the processes to come: together they have a thread a core.
+    os.environ["OMP_NUM_THREADS"] = str(max(1, cpu_cores() // arguments.jobs))
+
+    # Left out where it is the default, so that the command which a run records holds anywhere.
+    outputs = Path(arguments.outputs)
+    place = [] if arguments.outputs == "outputs" else [f"outputs={outputs}"]
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        tables = gather(names, arguments.protocol, [*arguments.overrides, *place])
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise PermissionError(f"cannot write to {folder} ({error.strerror}); choose --results") from error
+        recorded = set(recorded_in(folder)[0]["id"]) if arguments.reuse else set()
+        todo = missing(tables, recorded)
+        n_cells = len({cell.run.id for table in tables for cell in table.cells})
+        print(f"{n_cells} runs, {len(todo)} of them to do", flush=True)
+        if todo and not arguments.collect:
+            known = Measurements(outputs / ".measurements.json")
+            todo = [with_group(cell, tables) for cell in longest_first(todo, known)]
+            known.save()
+            run_all(todo, Launcher(arguments.launcher, arguments.jobs, place))
+
+        every = {cell.run.id: cell.run for table in tables for cell in table.cells}
+        runs, curves = collect(folder, every.values(), outputs)
+        failures = {key: reason for key, run in every.items() if (reason := run.failure())}
+        for table in tables:
+            report = build(table, arguments.protocol, arguments.overrides, runs, failures)
+            files = write(table, report, curves, folder)
+            print(to_markdown(report) if len(tables) == 1 else f"{table.spec.name}: {table.spec.title}")
+            to_wandb(table, files, arguments.protocol, outputs)
+    (results / "README.md").write_text(index(results))
+    print(f"written to {folder}: runs.csv, curves.csv, {', '.join(f'{name}.*' for name in names)}")
+    for key, reason in failures.items():
+        print(f"failed: {every[key].command}: {reason}", file=sys.stderr)
     sys.exit(1 if failures else 0)
+
+
+def with_group(cell: Cell, tables: Sequence[TableRuns]) -> Cell:
+    """With the table that it belongs to as its group in Weights & Biases, where it is tracked there."""
+    if cell.run.choices["tracker"] != "wandb":
+        return cell
+    table = next(table.spec.name for table in tables if cell.run.id in {c.run.id for c in table.cells})
+    return replace(cell, overrides=[*cell.overrides, f"tracker.run_group={table}"])
+
+
+def to_wandb(table: TableRuns, files: list[Path], protocol: str, outputs: Path) -> None:
+    run = table.cells[0].run
+    if run.choices["tracker"] == "wandb":
+        keys = ("project", "entity", "mode", "init_timeout", "finish_timeout")
+        settings = {key: run.config["tracker"][key] for key in keys if key in run.config["tracker"]}
+        name = f"{protocol}-{table.spec.name}"
+        log_table(files, name=name, group=table.spec.name, folder=outputs / ".wandb" / name, **settings)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from rst import RST, Constant
 from rst.data import Augment, ImageData, train_batches
-from rst.engine import Training, cpu_threads, pick_device
+from rst.engine import Training
 from rst.lr_schedule import constant, cosine, step
 
 SEED, BATCH, L2, CLIP = 3, 4, 0.05, 0.7
@@ -167,17 +167,6 @@ def test_refuses_settings_that_cannot_be():
         training(some_model(), l2=-1.0)
     with pytest.raises(ValueError, match="clip_norm must be above 0"):
         training(some_model(), clip_norm=0.0)
-    with pytest.raises(ValueError, match="device=tpu cannot be used"):
-        pick_device("tpu")
-
-
-def test_threads_are_set_and_set_back():
-    before = torch.get_num_threads()
-    with cpu_threads(before + 1):
-        assert torch.get_num_threads() == before + 1
-    assert torch.get_num_threads() == before
-    with cpu_threads(None):
-        assert torch.get_num_threads() == before
 
 
 def test_learning_rate_factors():

@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 from conftest import ROOT, train_command
+from conftest import command as command_line
 from PIL import Image
 
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -21,10 +22,11 @@ TRAIN = [command for command in COMMANDS if command.startswith("python train.py 
 
 
 def test_every_command_is_known():
-    assert set(COMMANDS) - set(TRAIN) == {
-        "make reproduce-tables",
-        "make test",
-    }  # see test_reproduce.py and .ci/run
+    others = [shlex.split(text) for text in COMMANDS if text not in TRAIN]
+    assert {"reproduce-tables", "plan", "test"} <= {words[1] for words in others}
+    for words in others:
+        assert words[0] == "make"
+        assert command_line(*words, "--dry-run").returncode == 0, words
     assert len(TRAIN) >= 6
 
 

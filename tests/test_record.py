@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import pytest
 import torch
 from conftest import ROOT, command
 
-from rst.record import Run, identity, provenance, summarize
+from rst.record import Run, RunBusyError, identity, provenance, summarize
 
 CONFIG = {
     "seed": 0,
@@ -93,20 +94,33 @@ def test_a_name_is_one_safe_folder(tmp_path):
 
 def test_files_of_a_run(tmp_path):
     run = Run(tmp_path, CONFIG, CHOICES, "python train.py seed=0")
-    assert run.result() is None
-    run.open([{"epoch": 1}])
-    run.append({"epoch": 2})
-    assert (run.folder / "metrics.jsonl").read_text() == '{"epoch": 1}\n{"epoch": 2}\n'
-    run.open([{"epoch": 1}])  # as on resuming from the checkpoint of epoch 1
-    assert (run.folder / "metrics.jsonl").read_text() == '{"epoch": 1}\n'
-    result = run.complete({"test_accuracy": 0.5})
+    assert run.result() is None and run.failure() is None and not run.is_locked()
+    assert not run.folder.exists()
+    with run.lock():
+        assert run.is_locked()
+        run.open([{"epoch": 1}])
+        run.append({"epoch": 2})
+        assert (run.folder / "metrics.jsonl").read_text() == '{"epoch": 1}\n{"epoch": 2}\n'
+        run.open([{"epoch": 1}])  # as on resuming from the checkpoint of epoch 1
+        assert (run.folder / "metrics.jsonl").read_text() == '{"epoch": 1}\n'
+        result = run.complete({"test_accuracy": 0.5})
+        with pytest.raises(RunBusyError, match=rf"is being run by process {os.getpid()} on "), run.lock():
+            pass
+    assert not run.is_locked()
     assert run.result() == json.loads(json.dumps(result))
     assert result["command"] == "python train.py seed=0"
-    assert sorted(path.name for path in run.folder.iterdir()) == [
-        "config.yaml",
-        "metrics.jsonl",
-        "result.json",
-    ]
+    visible = sorted(path.name for path in run.folder.iterdir() if not path.name.startswith("."))
+    assert visible == ["config.yaml", "metrics.jsonl", "result.json"]
+
+
+def test_a_failure_stands_until_the_run_is_taken_up_again(tmp_path):
+    run = Run(tmp_path, CONFIG, CHOICES, "python train.py seed=0")
+    run.fail("the loss is not finite at step 7")
+    assert run.failure() == "the loss is not finite at step 7"
+    assert run.result() is None
+    with run.lock():
+        run.open([])
+    assert run.failure() is None
 
 
 def test_provenance_names_versions_commit_and_machine():

@@ -1,21 +1,49 @@
-"""From nothing to a table, and again from half of it."""
+"""From nothing to tables and figures, from half of it, and what goes wrong on the way."""
 
 import json
+import os
+import re
 import shutil
+import signal
+import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 from conftest import ROOT, command
 
-from rst.tables import read_runs
+from rst.tables import read_curves, read_runs
 
 # Long enough to be runs, short enough for a test: seven rows, two seeds.
 SHORT = ["epochs=1", "model.width=4", "seed=0,1"]
+# Beside the table's own files.
+RECORDS = ["curves.csv", "runs.csv"]
+FIGURES = [f"overview{part}.{kind}" for part in ("", "-curves", "-schedules") for kind in ("pdf", "png")]
 
 
-def reproduce(folder, *arguments):
+def script(folder, *arguments):
     places = ["--outputs", folder / "outputs", "--jobs", 2]
-    return command(sys.executable, "scripts/reproduce.py", *places, *arguments, *SHORT)
+    return [sys.executable, "scripts/reproduce.py", *places, *arguments]
+
+
+def reproduce(folder, *arguments, short=SHORT):
+    return command(*script(folder, *arguments), *short)
+
+
+def results_of(folder):
+    return folder / "outputs" / "results" / "quick"
+
+
+def without_times(markdown):
+    """The table without what a clock has a part in."""
+    lines = [line for line in markdown.splitlines() if "finished" not in line]
+    header = next(line for line in lines if line.startswith("| Method"))
+    column = [cell.strip() for cell in header.split("|")].index("Time / SGD's")
+    return [
+        [cell for i, cell in enumerate(line.split("|")) if i != column] if line.startswith("|") else line
+        for line in lines
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -26,44 +54,54 @@ def reproduced(tmp_path_factory):
     return folder, done
 
 
+@pytest.fixture
+def again(reproduced, tmp_path):
+    """A copy of it, to spoil."""
+    shutil.copytree(reproduced[0], tmp_path / "again")
+    return tmp_path / "again"
+
+
 def test_writes_what_it_prints(reproduced):
     folder, done = reproduced
-    results = folder / "outputs" / "results" / "quick"
-    assert sorted(p.name for p in results.iterdir()) == [
-        "overview.csv",
-        "overview.md",
-        "overview.png",
-        "runs.csv",
-    ]
-    assert (results / "overview.md").read_text() in done.stdout
-    runs = read_runs(results / "runs.csv")
-    assert len(runs) == 14
+    results = results_of(folder)
+    tables = ["overview.csv", "overview.md", "overview.tex"]
+    assert sorted(p.name for p in results.iterdir()) == sorted([*tables, *FIGURES, *RECORDS])
+    markdown = (results / "overview.md").read_text()
+    assert markdown in done.stdout
+    runs, curves = read_runs(results / "runs.csv"), read_curves(results / "curves.csv")
+    assert len(runs) == len(curves) == 14
     assert set(runs["seed"]) == {0, 1}
     for _, run in runs.iterrows():
         deviation = abs(run["propagations"] - run["expected_propagations"])
         assert deviation <= 4 * run["propagations_std"]
-    # p = 0.5 for each of the RST rows, thus one closed form a family.
-    rows = (results / "overview.md").read_text()
-    for label in (
-        "SGD",
-        "SAM",
-        "RST constant",
-        "RST piecewise",
-        "RST linear",
-        "RST trigonometric",
-        "G-RST linear",
-    ):
-        assert f"| {label} " in rows
+    labels = ["SGD", "SAM", "G-RST linear", *(f"RST {name}" for name in ("constant", "piecewise", "linear"))]
+    for label in labels:
+        assert f"| {label} " in markdown
+    index = (results.parent / "README.md").read_text()
+    for name in [*tables, *FIGURES, *RECORDS]:
+        assert f"(quick/{name})" in index, name
 
 
-def test_only_what_is_missing_is_run(reproduced, tmp_path):
+def test_what_the_plan_foresaw_is_what_was_done(reproduced):
     folder, _ = reproduced
-    shutil.copytree(folder, tmp_path / "again")
-    outputs = tmp_path / "again" / "outputs"
+    plan = [sys.executable, "scripts/plan.py", "--images-per-second", "1000", *SHORT]
+    before = command(*plan, "--outputs", folder / "nothing")
+    after = command(*plan, "--outputs", folder / "outputs")
+    assert before.returncode == after.returncode == 0, before.stderr + after.stderr
+    total = {done.stdout.split("total")[1].split()[4]: done for done in (before, after)}
+    runs = read_runs(results_of(folder) / "runs.csv")
+    deviation = abs(int(before.stdout.split("total")[1].split()[5]) - runs["propagations"].sum())
+    assert deviation <= 4 * (runs["propagations_std"] ** 2).sum() ** 0.5
+    assert runs["steps"].sum() == int(next(iter(total)))
+    assert after.stdout.split("total")[1].split()[:6] == ["14", "14", "0", "0", "0", "0"]
+
+
+def test_only_what_is_missing_is_run(again):
+    outputs = again / "outputs"
     results = {path.parent.name: path.read_bytes() for path in outputs.glob("*/result.json")}
     lost = sorted(results)[3]
     shutil.rmtree(outputs / lost)
-    done = reproduce(tmp_path / "again")
+    done = reproduce(again)
     assert done.returncode == 0, done.stderr
     assert "14 runs, 1 of them to do" in done.stdout
     for name, before in results.items():
@@ -76,32 +114,195 @@ def test_only_what_is_missing_is_run(reproduced, tmp_path):
             assert after == before
 
 
-def test_a_failing_run_leaves_the_others_and_the_exit_code_says_so(tmp_path):
+def test_from_the_records_alone_every_file_is_made_again_byte_for_byte(again):
+    results = results_of(again)
+    before = {path.name: path.read_bytes() for path in results.iterdir()}
+    for name in before.keys() - set(RECORDS):
+        (results / name).unlink()
+    for folder in (again / "outputs").glob("digits*"):
+        shutil.rmtree(folder)
+    done = reproduce(again, "--reuse")
+    assert done.returncode == 0, done.stderr
+    assert "14 runs, 0 of them to do" in done.stdout
+    assert {path.name: path.read_bytes() for path in results.iterdir()} == before
+    # Without REUSE they would be run.
+    done = command(sys.executable, "scripts/plan.py", "--outputs", again / "outputs", *SHORT)
+    assert done.stdout.split("total")[1].split()[:4] == ["14", "0", "0", "14"]
+
+
+def test_collecting_runs_nothing(tmp_path):
+    done = reproduce(tmp_path, "--collect")
+    assert done.returncode == 0, done.stderr
+    assert "14 runs, 14 of them to do" in done.stdout
+    assert "not run" in (results_of(tmp_path) / "overview.md").read_text()
+    assert not list((tmp_path / "outputs").glob("digits*"))
+
+
+def test_failing_runs_leave_the_others_and_the_table_says_so(again):
+    """One that raises, one whose loss is not finite, one whose process is killed."""
+    outputs = again / "outputs"
+    broken = {}
+    for method, seed in (("sgd", 0), ("sam", 1), ("grst", 0)):
+        (folder,) = outputs.glob(f"*-{method}-*-s{seed}-*")
+        shutil.rmtree(folder)
+        broken[method] = folder.name
+    # Every process of Python imports it at its start.
+    hook = again / "hook"
+    hook.mkdir()
+    (hook / "sitecustomize.py").write_text(
+        "import os, signal\n"
+        "import rst.engine as engine\n"
+        "original = engine.Training.run\n"
+        "def run(self, *arguments, **keywords):\n"
+        "    gamma, p = self.optimizer.gamma, self.optimizer.schedule(0, 1)\n"
+        "    if p == 0 and self.seed == 0 and 'Constant' in type(self.optimizer.schedule).__name__:\n"
+        "        raise RuntimeError('the disk is on fire')\n"
+        "    if p == 1 and self.seed == 1:\n"
+        "        raise FloatingPointError('the loss is not finite at step 3')\n"
+        "    if gamma != 1 and self.seed == 0:\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return original(self, *arguments, **keywords)\n"
+        "engine.Training.run = run\n"
+    )
+    lost = list(outputs.glob("*-rst-linear-*"))
+    for folder in lost:  # and two that are well
+        shutil.rmtree(folder)
+    done = command(*script(again), *SHORT, env={"PYTHONPATH": str(hook)})
+    assert done.returncode == 1, done.stdout + done.stderr
+    reasons = {
+        "sgd": "RuntimeError: the disk is on fire",
+        "sam": "the loss is not finite at step 3",
+        "grst": "its process died",
+    }
+    markdown = (results_of(again) / "overview.md").read_text()
+    for method, reason in reasons.items():
+        assert re.search(rf"failed: .*method={method}.*{reason}", done.stderr), method
+        assert reason in json.loads((outputs / broken[method] / "failed.json").read_text())["error"]
+        assert reason in markdown
+    assert all((folder / "result.json").exists() for folder in lost)
+    done = reproduce(again)  # without what made them fail
+    assert done.returncode == 0, done.stderr
+    assert "3 of them to do" in done.stdout
+    assert "failed" not in (results_of(again) / "overview.md").read_text()
+
+
+def test_a_row_of_which_all_runs_fail(tmp_path):
     done = reproduce(tmp_path, "optimizer.lr=1e30", "clip_norm=null")
     assert done.returncode == 1
-    assert "not run" in (tmp_path / "outputs" / "results" / "quick" / "overview.md").read_text()
-    assert "the loss is not finite at step" in done.stderr
+    assert "failed: the loss is not finite at step" in (results_of(tmp_path) / "overview.md").read_text()
+    assert done.stderr.count("failed: python train.py") == 14
 
 
-def test_an_unknown_table_or_protocol_lists_the_choices():
-    for option in ("--table", "--protocol"):
-        done = command(sys.executable, "scripts/reproduce.py", option, "nothing")
-        assert done.returncode == 2
-        assert "choose from" in done.stderr.splitlines()[-1]
+@pytest.mark.parametrize("delays", [(4.0, 6.0, 8.0)])
+def test_a_killed_driver_loses_nothing_and_repeats_nothing(reproduced, tmp_path, delays):
+    """SIGKILL at three moments, to the driver alone: its processes may live on for a while."""
+    for delay in delays:
+        driver = subprocess.Popen(
+            [*map(str, script(tmp_path)), *SHORT],
+            cwd=ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        time.sleep(delay)
+        driver.send_signal(signal.SIGKILL)
+        driver.wait()
+    finished = {path: path.stat().st_mtime_ns for path in (tmp_path / "outputs").glob("*/result.json")}
+    done = reproduce(tmp_path)
+    assert done.returncode == 0, done.stderr
+    markdown = [(results_of(folder) / "overview.md").read_text() for folder in (tmp_path, reproduced[0])]
+    assert without_times(markdown[0]) == without_times(markdown[1])
+    for path, written in finished.items():
+        assert path.stat().st_mtime_ns == written  # complete once, never again
 
 
-def test_a_bad_override_is_one_line(tmp_path):
-    done = reproduce(tmp_path, "epoch=3")
+def test_two_drivers_at_once_share_the_runs(reproduced, tmp_path):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    arguments = [*map(str, script(tmp_path)), *SHORT]
+    drivers = [
+        subprocess.Popen(arguments, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        for _ in range(2)
+    ]
+    outcomes = [driver.communicate(timeout=300) for driver in drivers]
+    assert [driver.returncode for driver in drivers] == [0, 0], outcomes
+    # Each run was completed by one of them: a second completion would have kept the first's result.
+    assert not list((tmp_path / "outputs").glob("*/result.json.old"))
+    assert len(list((tmp_path / "outputs").glob("*/result.json"))) == 14
+    assert len(read_runs(results_of(tmp_path) / "runs.csv")) == 14
+    markdown = [(results_of(folder) / "overview.md").read_text() for folder in (tmp_path, reproduced[0])]
+    assert without_times(markdown[0]) == without_times(markdown[1])
+
+
+def test_submitit_runs_them_too(again):
+    """Its local executor, as its Slurm one runs them on a cluster."""
+    (lost,) = (again / "outputs").glob("*-sam-*-s1-*")
+    before = json.loads((lost / "result.json").read_text())
+    shutil.rmtree(lost)
+    done = reproduce(again, "--launcher", "submitit_local")
+    assert done.returncode == 0, done.stderr
+    assert "1 of them to do" in done.stdout
+    assert json.loads((lost / "result.json").read_text())["test_loss"] == before["test_loss"]
+
+
+def test_several_tables_and_settings_are_one_batch(tmp_path):
+    done = reproduce(tmp_path, "--table", "overview,methods", short=["epochs=1", "model.width=4", "seed=0"])
+    assert done.returncode == 0, done.stderr
+    # overview's 7; methods' 6 rows in 2 settings, of which 4 runs are overview's.
+    assert "15 runs, 15 of them to do" in done.stdout
+    methods = (results_of(tmp_path) / "methods.md").read_text()
+    assert "## digits_noisy / resnet8 / shift" in methods and "## digits / resnet8 / shift" in methods
+    names = {path.name for path in results_of(tmp_path).iterdir()}
+    assert {
+        "methods.tex",
+        "methods-digits-resnet8-shift.png",
+        "methods-digits_noisy-resnet8-shift-curves.pdf",
+    } <= names
+    assert len(read_runs(results_of(tmp_path) / "runs.csv")) == 15
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--table", "nothing"], "unknown table nothing: choose from constant, gamma"),
+        (["--protocol", "nothing"], "choose from"),
+    ],
+)
+def test_an_unknown_table_or_protocol_lists_the_choices(arguments, message):
+    done = command(sys.executable, "scripts/reproduce.py", *arguments)
+    assert done.returncode == 2
+    assert message in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["epoch=3"], "Could not override 'epoch'"),
+        (["--launcher", "nothing"], "unknown hydra/launcher 'nothing': choose from basic, joblib"),
+        (
+            ["--results", "/dev/null/results"],
+            "cannot write to /dev/null/results/quick (Not a directory); choose",
+        ),
+        (["schedule.p=0.1,0.2"], "only seed= may sweep here"),
+    ],
+)
+def test_bad_input_is_one_line_and_runs_nothing(tmp_path, arguments, message):
+    done = reproduce(tmp_path, *arguments)
     assert done.returncode == 1
-    assert done.stderr.startswith("error: Could not override 'epoch'")
+    assert done.stderr.startswith("error: ") and message in done.stderr
     assert done.stderr.count("\n") == 1
-    assert list(tmp_path.iterdir()) == []
+    assert not list(tmp_path.glob("outputs/digits*"))
 
 
-def test_make_calls_the_script():
-    printed = command(
-        "make", "--dry-run", "reproduce-tables", "PROTOCOL=cpu", "JOBS=3", "ARGS=epochs=1"
-    ).stdout
-    expected = "scripts/reproduce.py --protocol cpu --table overview --launcher joblib --jobs 3 epochs=1"
-    assert expected in printed
+def test_make_calls_the_scripts():
+    def printed(*arguments):
+        return command("make", "--dry-run", *arguments).stdout
+
+    expected = (
+        "scripts/reproduce.py --protocol cpu --table overview --reuse --launcher joblib --jobs 3 epochs=1"
+    )
+    assert expected in printed("reproduce-tables", "PROTOCOL=cpu", "JOBS=3", "REUSE=1", "ARGS=epochs=1")
+    assert "reproduce.py --protocol quick --table gamma --collect" in printed("tables", "TABLE=gamma")
+    plan = "scripts/plan.py --protocol paper --table all --images-per-second 900"
+    assert plan in printed("plan", "PROTOCOL=paper", "TABLE=all", "RATE=900")
     assert (ROOT / ".ci" / "run").read_text().splitlines()[-1] == "make lint test"
+    assert Path(ROOT / "conf" / "columns").is_dir()

@@ -1,12 +1,5 @@
-import csv
-import io
 import itertools
-import os
 import random
-import re
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -17,17 +10,19 @@ from pandas.testing import assert_frame_equal
 from scipy import stats
 
 from rst.tables import (
+    METRICS,
     Estimate,
     Row,
     build_table,
+    curves_frame,
     estimate,
     estimate_of,
     paired_difference,
+    read_curves,
     read_runs,
     runs_frame,
-    to_markdown,
+    write_curves,
     write_runs,
-    write_table,
 )
 
 COMMAND = "python train.py protocol=quick method={}"
@@ -86,24 +81,13 @@ def records(errors=ERRORS):
 
 def rows(count=5, methods=("sgd", "sam", "rst")):
     return [
-        Row(m.upper(), COMMAND.format(m), [record(m, seed, 0)["id"] for seed in range(count)])
+        Row(m.upper(), COMMAND.format(m), {seed: record(m, seed, 0)["id"] for seed in range(count)})
         for m in methods
     ]
 
 
 def table_of(some_records, some_rows=None, **options):
     return build_table("A title", "A setting", some_rows or rows(), runs_frame(some_records), **options)
-
-
-def cells(table):
-    """The Markdown table as one {header: cell} a row."""
-    lines = [line for line in to_markdown(table).splitlines() if line.startswith("|")]
-    split = [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines]
-    return [dict(zip(split[0], line, strict=True)) for line in split[2:]]
-
-
-def notes(table):
-    return [line[2:] for line in to_markdown(table).splitlines() if line.startswith("- ")]
 
 
 # --- runs.csv
@@ -171,6 +155,55 @@ def test_of_two_records_of_one_run_the_later_stays():
     early = record("sgd", 0, 5, finished="2026-11-20T00:00:00+00:00")
     for order in itertools.permutations([early, record("sgd", 0, 6)]):
         assert runs_frame(order)["test_accuracy"].tolist() == [0.94]
+
+
+# --- curves.csv
+
+
+def epochs(*errors):
+    """Three steps an epoch, four propagations."""
+    return [
+        {
+            "epoch": i + 1,
+            "lr": 0.1,
+            "propagations": 4 * (i + 1),
+            "train_loss": 1 / (i + 3),
+            "train_accuracy": 0.5,
+            "test_loss": 0.1 + 0.2,
+            "test_accuracy": 1 - error / 100,
+        }
+        for i, error in enumerate(errors)
+    ]
+
+
+def test_curves_csv_keeps_every_value_and_type(tmp_path):
+    metrics = {"1e000002": epochs(90, 100 / 3), "00012345": epochs(*range(12))}
+    metrics["1e000002"][0] |= {"test_loss": float("inf"), "train_accuracy": None}
+    frame = curves_frame(metrics)
+    assert frame.columns.tolist() == [
+        "id",
+        "epoch",
+        "propagations",
+        "train_loss",
+        "train_accuracy",
+        "test_loss",
+        "test_accuracy",
+    ]
+    write_curves(frame, tmp_path / "curves.csv")
+    assert_frame_equal(read_curves(tmp_path / "curves.csv"), frame, check_exact=True)
+    assert (tmp_path / "curves.csv").read_text().splitlines()[1:3] == [
+        "00012345,1,4,0.3333333333333333,0.5,0.30000000000000004,1.0",
+        "00012345,2,8,0.25,0.5,0.30000000000000004,0.99",
+    ]
+
+
+def test_curves_are_sorted_by_id_and_epoch():
+    backwards = {"b": epochs(*range(11))[::-1], "a": epochs(5)}
+    frame = curves_frame(backwards)
+    assert frame["id"].tolist() == ["a"] + ["b"] * 11
+    assert frame["epoch"].tolist() == [1, *range(1, 12)]  # by number, not by text
+    assert_frame_equal(curves_frame(dict(reversed(backwards.items()))), frame)
+    assert curves_frame({}).dtypes.equals(frame.dtypes)
 
 
 # --- statistics
@@ -248,64 +281,71 @@ def test_table_by_hand():
     assert rst["eta_expected.mean"] == 1.5
     # Seconds 15.0 … 15.4 against 10.0 … 10.4.
     assert rst["time_relative_to_SGD"] == pytest.approx(15.2 / 10.2)
-    assert cells(table)[2] == {
-        "Method": "RST",
-        "Test error, last epoch (%)": "9.00 ± 1.58 (n = 5)",
-        "95 % interval": "[7.04, 10.96]",
-        "Difference to SAM (points)": "+1.00 [+0.12, +1.88] (n = 5) *",
-        "Difference to SGD (points)": "−3.00 [−3.00, −3.00] (n = 5)",
-        "η measured": "1.487",
-        "η expected": "1.500",
-        "Time / SGD's": "1.49",
-        "Best epoch (%), chosen on test data": "8.00 ± 1.58",
-        "Published (%)": "unknown",
-        "Command": "`python train.py protocol=quick method=rst`",
-    }
-    assert cells(table)[1]["Difference to SAM (points)"] == "–"  # SAM to itself
-    assert to_markdown(table).startswith("# A title\n\nA setting\n\n| Method")
 
 
-def test_only_a_difference_whose_interval_excludes_zero_is_marked():
-    errors = ERRORS | {"rst": [6.0, 7.0, 8.5, 9.5, 9.5]}
-    # To SAM: −1, 1, 0.5, 0.5, −0.5: mean 0.1, s² = 0.675, t·s/√5 = 1.020.
-    row = cells(table_of(records(errors)))[2]
-    assert row["Difference to SAM (points)"] == "+0.10 [−0.92, +1.12] (n = 5)"
-    assert row["Difference to SGD (points)"].endswith(" *")
-
-
-def test_no_minus_before_a_rounded_zero():
-    errors = {"sgd": [5.0, 6.0, 7.0], "sam": [5.004, 6.0, 7.0], "rst": [5.0, 6.0, 7.0]}
-    difference = cells(table_of(records(errors), rows(3)))[2]["Difference to SAM (points)"]
-    assert difference == "+0.00 [−0.01, +0.00] (n = 3)"
-
-
-def test_rows_not_run_and_partly_run_say_so():
-    some = [r for r in records() if r["choices"]["method"] != "sam" and r["seed"] < 2]
-    some = [r for r in some if r["choices"]["method"] != "rst" or r["seed"] == 1]
+def test_each_row_says_where_it_comes_from():
+    some = records()
+    some[10] |= {"commit": "abcdef0", "dirty": True, "host": None}
+    some[11] |= {"versions": {"torch": "2.10.0", "cuda": "13.0"}, "finished": "2026-11-23T01:00:00+00:00"}
+    some[12] |= {"device": "cuda", "device_name": "H100 / 80 GB"}
     table = table_of(some)
-    sgd, sam, rst = cells(table)
-    assert table.frame["status"].tolist() == ["partial", "not run", "partial"]
-    assert {sam[name] for name in sam if name not in ("Method", "Published (%)", "Command")} == {"not run"}
-    assert sgd["Test error, last epoch (%)"] == "10.50 ± 0.71 (n = 2 of 5 †)"
-    assert rst["Test error, last epoch (%)"] == "8.00 (n = 1 of 5 †)"
-    assert rst["95 % interval"] == "–"
-    assert rst["Difference to SGD (points)"] == "−3.00 (n = 1 †)"
-    assert rst["Difference to SAM (points)"] == "–"  # nothing to compare with
-    assert any(note.startswith("† fewer than 3 seeds") for note in notes(table))
-    assert not any("†" in note for note in notes(table_of(records())))
+    sgd, _, rst = table.frame.to_dict("records")
+    expected = {
+        "commit": "1234567",
+        "dirty": "False",
+        "versions.torch": "2.9.0",
+        "versions.cuda": "none",
+        "device": "cpu",
+        "device_name": "Xeon (2 cores)",
+        "host": "box",
+        "first_finished": "2026-11-21T22:00:00+00:00",
+        "last_finished": "2026-11-21T22:00:00+00:00",
+        "runs": "0e000000 0e000001 0e000002 0e000003 0e000004",
+        "seeds": "0 1 2 3 4",
+        "command": "python train.py protocol=quick method=sgd",
+    }
+    assert {name: sgd[name] for name in expected} == expected
+    mixed = {
+        "commit": "1234567; abcdef0",
+        "dirty": "False; True",
+        "versions.torch": "2.10.0; 2.9.0",
+        "versions.cuda": "13.0; none",
+        "device": "cpu; cuda",
+        "device_name": "H100 / 80 GB; Xeon (2 cores)",
+        "host": "box; none",
+        "last_finished": "2026-11-23T01:00:00+00:00",
+    }
+    assert {name: rst[name] for name in mixed} == mixed
 
 
-def test_a_table_of_which_nothing_has_run():
-    table = table_of([])
-    assert all(row["η expected"] == "not run" for row in cells(table))
-    assert notes(table)[-1] == "No run has finished."
+def test_status_and_failures():
+    some = [r for r in records() if r["id"] not in ("0e000004", "1e000003") and r["id"] < "2"]
+    diverged = "the loss is not finite\nat step 7"
+    failures = {"1e000003": diverged, "2e000003": diverged, "2e000000": diverged, "2e000002": "no memory"}
+    # Seed 0 fails first, however the runs are listed.
+    failures |= {"0e000000": "has finished since", "other": "of another table"}
+    asked = [Row(row.label, row.command, dict(reversed(row.runs.items()))) for row in rows()]
+    frame = table_of(some, asked, failures=failures).frame
+    assert frame["status"].tolist() == ["partial", "partial", "failed"]
+    assert frame["first_failure"].tolist() == ["", *["the loss is not finite at step 7"] * 2]
+    assert frame["failures"].tolist() == [
+        "",
+        "seed 3: the loss is not finite at step 7",
+        "seeds 0 3: the loss is not finite at step 7; seed 2: no memory",
+    ]
+    assert table_of(some).frame["status"].tolist() == ["partial", "partial", "not run"]
+    assert table_of(records(), failures=failures).frame["status"].tolist() == ["complete"] * 3
+    assert table_of(records(), failures=failures).frame["failures"].tolist() == [""] * 3
+
+
+def test_a_table_is_called_in_short_as_it_says_or_as_its_setting():
+    assert table_of(records()).column == "A setting"
+    assert table_of(records(), column="digits").column == "digits"
 
 
 def test_a_published_value_needs_a_source():
     with pytest.raises(ValueError, match="needs a source"):
-        Row("SAM", "", [], published=4.22)
-    row = Row("SAM", "", [], published=4.22, source="authors' logs")
-    assert cells(table_of([], [*rows(methods=["sgd"]), row]))[1]["Published (%)"] == "4.22 (authors' logs)"
+        Row("SAM", "", {}, published=4.22)
 
 
 @pytest.mark.parametrize(
@@ -321,14 +361,13 @@ def test_a_published_value_needs_a_source():
 )
 def test_time_is_given_only_for_the_same_machine(change, given_):
     some = [r | change if r["id"] == "2e000004" else r for r in records()]  # one of RST's runs
-    table = table_of(some)
-    assert [row["Time / SGD's"] != "" for row in cells(table)] == [True, True, given_]
-    assert any(note.startswith("No time for RST:") for note in notes(table)) != given_
+    times = table_of(some).frame["time_relative_to_SGD"]
+    assert times.notna().tolist() == [True, True, given_]
 
 
 def test_equal_devices_of_one_host_are_one_machine():
     some = [r | {"device": f"cuda:{i % 2}"} for i, r in enumerate(records())]
-    assert cells(table_of(some))[2]["Time / SGD's"] == "1.49"
+    assert table_of(some).frame["time_relative_to_SGD"].iloc[2] == pytest.approx(15.2 / 10.2)
 
 
 def test_provenance():
@@ -362,58 +401,15 @@ def test_what_is_refused():
         table_of(records(), twice)
     with pytest.raises(ValueError, match="no row is labelled ASAM; rows: SGD, SAM, RST"):
         table_of(records(), reference="ASAM")
-    same_seed = [*records(), record("rst", 3, 5.0, id="another1")]
-    asked = [*rows(methods=["sgd", "sam"]), Row("RST", "", [r["id"] for r in same_seed[10:]])]
-    with pytest.raises(ValueError, match="'RST' has two runs of one seed"):
-        table_of(same_seed, asked)
-    with pytest.raises(ValueError, match=r"\.md or \.csv"):
-        write_table(table_of([]), Path("table.docx"))
-
-
-# --- files
-
-
-def test_pipes_do_not_break_the_markdown_table():
-    asked = [Row("SGD", "a | b", []), Row("SAM | x", "python x", [])]
-    table = table_of([], asked, reference="SAM | x")
-    assert cells(table)[0]["Command"] == r"`a \| b`"
-    assert cells(table)[1]["Method"] == r"SAM \| x"
-    lines = [line for line in to_markdown(table).splitlines() if line.startswith("|")]
-    assert len({len(re.findall(r"(?<!\\)\|", line)) for line in lines}) == 1
-
-
-def test_csv_holds_the_numbers_in_full(tmp_path):
-    table = table_of([r for r in records() if r["choices"]["method"] != "sam"])
-    write_table(table, tmp_path / "table.csv")
-    lines = list(csv.DictReader(io.StringIO((tmp_path / "table.csv").read_text())))
-    assert [line["label"] for line in lines] == ["SGD", "SAM", "RST"]
-    assert lines[1]["test_error_percent.mean"] == ""
-    assert lines[2]["runs"] == "2e000000 2e000001 2e000002 2e000003 2e000004"
-    for line, (_, values) in zip(lines, table.frame.iterrows(), strict=True):
-        for name, value in values.items():
-            if isinstance(value, float) and not np.isnan(value):
-                assert float(line[name]) == value
-
-
-def test_tables_are_the_same_byte_for_byte(tmp_path):
-    """From shuffled records, from runs.csv read again, and in another process with another hash seed."""
-    some = records()
-    some[3] |= {"commit": "abcdef0", "host": "other"}
-    write_runs(runs_frame(some), tmp_path / "runs.csv")
-    random.Random(1).shuffle(some)
-    written = {}
-    for name, frame in {"a": runs_frame(some), "b": read_runs(tmp_path / "runs.csv")}.items():
-        for suffix in (".md", ".csv"):
-            write_table(build_table("T", "S", rows(), frame), tmp_path / (name + suffix))
-            written.setdefault(suffix, set()).add((tmp_path / (name + suffix)).read_bytes())
-    script = (
-        "import sys; from pathlib import Path; from rst.tables import *\n"
-        f"table = build_table('T', 'S', {rows()!r}, read_runs(Path(sys.argv[1])))\n"
-        "[write_table(table, Path(path)) for path in sys.argv[2:]]"
-    )
-    paths = [tmp_path / "c.md", tmp_path / "c.csv"]
-    command = [sys.executable, "-c", script, tmp_path / "runs.csv", *paths]
-    subprocess.run(command, env=os.environ | {"PYTHONHASHSEED": "1"}, check=True)
-    for path in paths:
-        written[path.suffix].add(path.read_bytes())
-    assert all(len(versions) == 1 for versions in written.values())
+    with pytest.raises(
+        ValueError, match=r"unknown metrics: accuracy; choose from test_error, interval, .*shed"
+    ):
+        table_of(records(), metrics=["test_error", "accuracy"])
+    assert table_of(records(), metrics=METRICS).metrics == METRICS
+    asked = [*rows(methods=["sgd", "sam"]), Row("RST", "", {0: "2e000000", 7: "2e000003"})]
+    with pytest.raises(ValueError, match="'RST': the seeds of its runs are not those asked for"):
+        table_of(records(), asked)
+    one_seed = [*records(), record("rst", 0, 5.0, id="another1")]
+    asked = [*rows(methods=["sgd", "sam"]), Row("RST", "", {0: "2e000000", 1: "another1"})]
+    with pytest.raises(ValueError, match="'RST': the seeds of its runs are not those asked for"):
+        table_of(one_seed, asked)

@@ -2,8 +2,11 @@
 
 import json
 import math
+import os
+import socket
 import subprocess
 import sys
+from unittest import mock
 
 import pytest
 import torch
@@ -149,17 +152,46 @@ def test_a_model_that_diverges_in_its_last_step_is_no_result(run_train, tmp_path
     assert not (folder / "result.json").exists() and not (folder / "checkpoint.pt").exists()
 
 
-def test_a_damaged_file_is_named(run_train, tmp_path):
+def test_a_damaged_checkpoint_is_named(run_train, tmp_path):
     arguments = [*SHORT, "epochs=1", f"outputs={tmp_path}"]
     run_train(*arguments)
     folder = only(tmp_path.glob("digits*"))
-    (folder / "result.json").write_text("")
-    with pytest.raises(SystemExit, match=r"result.json is damaged .*: remove it"):
-        run_train(*arguments)
     (folder / "result.json").unlink()
     (folder / "checkpoint.pt").write_bytes(b"garbage")
     with pytest.raises(SystemExit, match=r"checkpoint.pt is damaged: remove it"):
         run_train(*arguments)
+
+
+@pytest.mark.parametrize("content", ["", '{"schema": 0}', "[1]"], ids=["truncated", "other schema", "list"])
+def test_a_result_that_cannot_be_read_is_not_complete_and_is_kept(run_train, tmp_path, content, capsys):
+    arguments = [*SHORT, "epochs=1", f"outputs={tmp_path}"]
+    run_train(*arguments)
+    folder = only(tmp_path.glob("digits*"))
+    whole = json.loads((folder / "result.json").read_text())
+    (folder / "result.json").write_text(content)
+    run_train(*arguments)
+    assert capsys.readouterr().out.count("the run counts as not complete") == 1
+    assert (folder / "result.json.old").read_text() == content
+    again = json.loads((folder / "result.json").read_text())
+    assert again["test_loss"] == whole["test_loss"]
+
+
+def test_a_run_in_progress_elsewhere_is_left_alone(run_train, tmp_path):
+    from rst.record import Run
+
+    arguments = [*SHORT, "epochs=1", f"outputs={tmp_path}"]
+    run_train(*arguments)
+    folder = only(tmp_path.glob("digits*"))
+    (folder / "result.json").unlink()
+    run = Run(tmp_path, {}, {}, "")
+    with mock.patch.object(Run, "folder", folder), run.lock():
+        holder = f"process {os.getpid()} on {socket.gethostname()}"
+        assert (folder / ".holder").read_text() == holder
+        done = train_command(*arguments)
+    assert done.returncode == 1 and done.stderr == f"error: {folder} is being run by {holder}\n"
+    assert not (folder / "result.json").exists()
+    run_train(*arguments)  # the lock is free again
+    assert (folder / "result.json").exists()
 
 
 def test_a_diverging_run_stops_and_keeps_the_last_good_checkpoint(run_train, tmp_path):

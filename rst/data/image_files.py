@@ -1,6 +1,5 @@
 """Images that stay in files and are decoded, by worker processes, when a batch needs them."""
 
-import os
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -12,6 +11,8 @@ from PIL import Image
 from timm.data.transforms import RandomResizedCropAndInterpolation
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+
+from rst.device import cpu_cores
 
 CPU = torch.device("cpu")
 
@@ -81,11 +82,6 @@ class ImageFiles:
             if isinstance(images, Exception):
                 raise images
             yield images
-
-
-def cpu_cores() -> int:
-    """Cores that this process may use: fewer than the machine's in a container or under a scheduler."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def open_image(reader: Reader, index: int, mode: str = "RGB") -> Image.Image:

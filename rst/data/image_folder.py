@@ -17,8 +17,9 @@ from filelock import FileLock
 from PIL import Image, ImageOps
 
 from rst.data import images
-from rst.data.image_files import ImageFiles, cpu_cores
+from rst.data.image_files import ImageFiles
 from rst.data.images import ImageData
+from rst.device import cpu_cores
 
 log = logging.getLogger(__name__)
 

@@ -1,0 +1,92 @@
+"""What tables under a protocol will cost, before anything runs (`make plan`)."""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from hydra import initialize_config_dir
+from tabulate import tabulate
+
+from rst.command_line import launch
+from rst.cost import Cost, Measurements, cost_of
+from rst.sweeps import Cell, cells, options, read_specification
+
+ROOT = Path(__file__).resolve().parent.parent
+CONF = ROOT / "conf"
+HEADERS = ["table", "setting", "runs", "done", "failed", "to do"]
+HEADERS += ["steps", "propagations", "device-hours", "disk (GB)"]
+
+
+def seconds(cell: Cell, cost: Cost, known: Measurements, rate: float | None) -> float:
+    """Of training and nothing else, by the images a second that are given or by this machine's speed."""
+    if rate is not None:
+        return cost.propagations * cost.batch_size / rate
+    return cost.work / known.speed(cell.run.config)
+
+
+def line(found: Sequence[Cell], known: Measurements, rate: float | None) -> list[float]:
+    """runs, done, failed, to do; and of those to do: steps, propagations, hours, gigabytes."""
+    done = [cell.run.result(warn=False) is not None for cell in found]
+    todo = [cell for cell, is_done in zip(found, done, strict=True) if not is_done]
+    failed = sum(cell.run.failure() is not None for cell in todo)
+    # What a run costs does not depend on its seed.
+    costs = {cell.run.without_seed: cost_of(cell.run.config, known) for cell in todo}
+    each = [(cell, costs[cell.run.without_seed]) for cell in todo]
+    return [
+        len(found),
+        sum(done),
+        failed,
+        len(todo),
+        sum(cost.steps for _, cost in each),
+        sum(cost.propagations for _, cost in each),
+        sum(seconds(cell, cost, known, rate) for cell, cost in each) / 3600,
+        sum(cost.disk_bytes for _, cost in each) / 1e9,
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--protocol", default="quick", choices=options(CONF, "protocol"))
+    parser.add_argument("--table", default="overview", help="names from conf/table with commas, or all")
+    parser.add_argument(
+        "--images-per-second", type=float, help="of one propagation, in place of a measurement"
+    )
+    parser.add_argument("--outputs", default="outputs", help="folder of the run folders")
+    parser.add_argument("overrides", nargs="*", help="added to every run, such as epochs=1")
+    arguments = parser.parse_args()
+    names = options(CONF, "table") if arguments.table == "all" else arguments.table.split(",")
+    if unknown := set(names) - set(options(CONF, "table")):
+        parser.error(
+            f"unknown table {', '.join(unknown)}: choose from {', '.join(options(CONF, 'table'))}, all"
+        )
+    os.chdir(ROOT)
+    place = [] if arguments.outputs == "outputs" else [f"outputs={arguments.outputs}"]
+    known = Measurements(Path(arguments.outputs) / ".measurements.json")
+    rows, seen = [], set()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        for name in names:
+            spec = read_specification(CONF, name, arguments.protocol)
+            by_column: dict[tuple[str, ...], list[Cell]] = {}
+            for column, _, found in cells(spec, CONF, arguments.protocol, [*arguments.overrides, *place]):
+                new = [cell for cell in found if cell.run.id not in seen]  # SGD and SAM are in most tables
+                seen |= {cell.run.id for cell in new}
+                by_column.setdefault(tuple(column), []).extend(new)
+            for setting, its in by_column.items():
+                rows.append([name, " ".join(setting), *line(its, known, arguments.images_per_second)])
+    known.save()
+    rows.append(["total", "", *(sum(column) for column in list(zip(*rows, strict=True))[2:])])
+    formats = ("", "", *["d"] * 5, ".0f", ".2f", ".2f")
+    print(tabulate(rows, HEADERS, floatfmt=formats, intfmt=" "))
+    source = (
+        f"{arguments.images_per_second:g} images a second and propagation, as given"
+        if arguments.images_per_second
+        else "this machine's speed on ResNet-20 and each model's operations: within a factor of two or so"
+    )
+    print(f"\nOf what is to do. Device-hours: training alone, by {source}. A run in two tables counts once.")
+
+
+if __name__ == "__main__":
+    launch(main)
+    sys.exit()
