@@ -1,11 +1,14 @@
 """Errors on the command line: one line with the cause and the fix, exit code 1, no traceback."""
 
 import logging
+import multiprocessing
 import os
 import shlex
 import sys
+import threading
+import time
 from collections.abc import Callable
-from functools import wraps
+from functools import cache, wraps
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +94,8 @@ def task(function: Callable[[DictConfig], object]) -> Callable[[DictConfig], Non
 
     @wraps(function)
     def wrapped(cfg: DictConfig) -> None:
+        if multiprocessing.current_process().name != "MainProcess":
+            _end_with_parent()
         try:
             function(cfg)
         except Exception as error:
@@ -101,6 +106,20 @@ def task(function: Callable[[DictConfig], object]) -> Callable[[DictConfig], Non
             _failures.append(error)
 
     return wrapped
+
+
+@cache
+def _end_with_parent(poll: float = 1.0) -> None:
+    """End this process, one of a launcher's, when the one that started it is gone: joblib's would hold their
+    memory for ever after a driver that was killed. The run resumes from its checkpoint."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(poll)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def launch(main: Callable[[], None]) -> None:

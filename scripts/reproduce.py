@@ -226,16 +226,16 @@ def write(table: TableRuns, report: list[Table], curves: pd.DataFrame, folder: P
         write_report(report, folder / f"{name}{suffix}")
     stems = [folder / name]
     for one in report:
-        stem = folder / (name if len(report) == 1 else f"{name}-{one.column.replace(' / ', '-')}")
+        stem = folder / (name if len(report) == 1 else f"{name}_{one.column.replace(' / ', '-')}")
         error_against_propagations(one, stem)
-        training_curves(one, curves, stem.with_name(f"{stem.name}-curves"))
-        stems += [stem, stem.with_name(f"{stem.name}-curves")]
+        training_curves(one, curves, stem.with_name(f"{stem.name}_curves"))
+        stems += [stem, stem.with_name(f"{stem.name}_curves")]
     first = next(iter(table.columns.values()))  # the schedules are the same in every column
     config = first[0][1][0].run.config
     epoch_steps = steps_per_epoch(config)
     schedules = {row.label: schedule_of(found[0].run.config, epoch_steps) for row, found in first}
-    schedule_figure(schedules, config["epochs"] * epoch_steps, config["seed"], folder / f"{name}-schedules")
-    stems.append(folder / f"{name}-schedules")
+    schedule_figure(schedules, config["epochs"] * epoch_steps, config["seed"], folder / f"{name}_schedules")
+    stems.append(folder / f"{name}_schedules")
     return sorted(path for stem in set(stems) for path in folder.glob(f"{stem.name}.*"))
 
 

@@ -17,7 +17,7 @@ from rst.data import ImageData
 from rst.engine import Training
 
 CONF = ROOT / "conf"
-GROUPS = sorted({path.parent.name for path in CONF.glob("*/*.yaml")} - {"table"})
+GROUPS = sorted({path.parent.name for path in CONF.glob("*/*.yaml")} - {"table", "columns"})
 OPTIONS = [(group, path.stem) for group in GROUPS for path in sorted((CONF / group).glob("*.yaml"))]
 PRESETS = sorted(p for p in CONF.rglob("*.yaml") if p.read_text().startswith("# @package _global_"))
 

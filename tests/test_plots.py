@@ -160,6 +160,12 @@ def test_points_keep_their_distance(figure_and_table):
     assert np.diff(xs).min() > GAP - 1e-9
 
 
+def test_a_crowd_stays_near_its_cost(tmp_path):
+    points = drawn(error_against_propagations(make_table(CROWD), tmp_path / "figure"))
+    assert points["SGD"][0] == pytest.approx(1)
+    assert points["SAM"][0] == pytest.approx(2)
+
+
 def test_axes_and_title_say_what_is_shown(figure_and_table):
     (axes,) = figure_and_table[0].axes
     assert axes.get_xlabel() == "average propagation count η (forward-backward passes per step)"
@@ -321,6 +327,8 @@ def test_the_panels_texts_do_not_overlap(tmp_path):
     schedules = {f"RST linear, p = {p:.2f}": Linear.with_mean(p) for p in np.linspace(0.02, 0.98, 23)}
     schedules["A row of another label with this schedule"] = Linear.with_mean(0.02)
     figure = schedule_figure(schedules, 320, 0, tmp_path / "figure")
+    title = figure.axes[0].get_title().replace("\N{NO-BREAK SPACE}", " ")
+    assert title.split("\n")[:2] == ["RST linear, p = 0.02,", "A row of another label with this schedule"]
     renderer = FigureCanvasAgg(figure).get_renderer()
     boxes = [axes.title.get_window_extent(renderer) for axes in figure.axes if axes.get_title()]
     boxes += [axes.get_window_extent(renderer) for axes in figure.axes if axes.get_title()]
@@ -387,6 +395,14 @@ def test_many_rows_are_parted_each_part_with_the_rows_to_compare_with(tmp_path):
     boxes = [axes.get_window_extent(renderer) for part in figure.subfigs for axes in part.axes]
     boxes += [part.legends[0].get_window_extent(renderer) for part in figure.subfigs]
     assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
+
+
+@pytest.mark.parametrize(("rows", "parts"), [(ROWS_A_PANEL, 1), (ROWS_A_PANEL + 1, 2)])
+def test_a_panel_holds_twelve_rows(rows, parts, tmp_path):
+    methods = CROWD[:rows]
+    figure = training_curves(make_table(methods, 2), make_curves(methods, 2, epochs=2), tmp_path / "figure")
+    assert len(figure.subfigs) == parts
+    assert sum(len(part.axes[0].lines) for part in figure.subfigs) == rows + 2 * (parts - 1)
 
 
 def test_curves_of_one_seed_have_no_band_and_rows_without_curves_are_left_out(tmp_path):
