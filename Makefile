@@ -11,7 +11,7 @@ BIN := .venv/bin
 
 WHICH = --protocol $(PROTOCOL) --table $(TABLE)
 
-.PHONY: reproduce-tables tables plan readme test lint format clean
+.PHONY: reproduce-tables tables plan readme test test-slow lint format clean
 
 reproduce-tables: .venv/stamp
 	$(BIN)/python scripts/reproduce.py $(WHICH) $(if $(REUSE),--reuse) --launcher $(LAUNCHER) --jobs $(JOBS) $(ARGS)
@@ -27,7 +27,11 @@ readme: .venv/stamp
 	$(BIN)/python scripts/readme.py
 
 test: .venv/stamp
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow"
+
+# What kills drivers, starts two of them, or goes through a cluster's launcher.
+test-slow: .venv/stamp
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n 1
 
 lint: .venv/stamp
 	$(BIN)/ruff format --check .

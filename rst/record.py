@@ -164,14 +164,14 @@ class Run:
             yield
 
     def is_locked(self) -> bool:
-        lock = FileLock(self.folder / ".lock")
+        path = self.folder / ".lock"
+        if not path.exists():
+            return False
         try:
-            with lock.acquire(timeout=0):
+            with FileLock(path).acquire(timeout=0):
                 return False
         except Timeout:
             return True
-        except OSError:  # no such folder
-            return False
 
     def begun_since(self, moment: float) -> bool:
         """Whether a process took the run up after `moment`, in seconds since 1970."""

@@ -20,6 +20,7 @@ from hydra.core.utils import JobReturn, JobStatus
 from hydra.types import HydraContext
 from omegaconf import OmegaConf
 
+from rst.checkpoint import write_atomically
 from rst.command_line import launch, one_line
 from rst.cost import Measurements, cost_of, schedule_of, steps_per_epoch
 from rst.device import cpu_cores
@@ -293,7 +294,8 @@ def main() -> None:
             files = write(table, report, curves, folder)
             print(to_markdown(report) if len(tables) == 1 else f"{table.spec.name}: {table.spec.title}")
             to_wandb(table, files, arguments.protocol, outputs)
-    (results / "README.md").write_text(index(results))
+    text = index(results).encode()
+    write_atomically(results / "README.md", lambda file: file.write(text))
     print(f"written to {folder}: runs.csv, curves.csv, {', '.join(f'{name}.*' for name in names)}")
     for key, reason in failures.items():
         print(f"failed: {every[key].command}: {reason}", file=sys.stderr)
