@@ -74,6 +74,8 @@ def _folder_size(node: Mapping[str, Any]) -> DataSize:
     folder = Path(node["root"]).expanduser() / "train"
     if not folder.is_dir() and node["train_size"]:
         return DataSize(node["train_size"], 3, 32, 10)  # a guess of the side and classes, for the plan alone
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no folder {folder}, whose images a plan counts (set dataset.root=DIR)")
     classes = [path for path in folder.iterdir() if path.is_dir()]
     return DataSize(sum(1 for path in classes for _ in path.iterdir()), 3, 32, len(classes))
 

@@ -227,7 +227,7 @@ def _compose(overrides: tuple[str, ...]) -> tuple[DictConfig, Any]:
     return cfg, hydra_cfg
 
 
-def _prepare(wanted: set[tuple[str, ...]], few: int = 8) -> None:
+def _prepare(wanted: set[tuple[str, ...]], few: int = 2) -> None:
     """Compose these choices, in several processes where there are more than a few."""
     new = sorted(wanted - _compositions.keys())
     if len(new) > few and "fork" in multiprocessing.get_all_start_methods():

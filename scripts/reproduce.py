@@ -113,6 +113,8 @@ def run_all(batch: Sequence[Cell], launcher: Launcher) -> dict[str, str]:
         reasons = _run_batch(free, launcher)
         for cell in free:
             error = reasons[cell.run.id]
+            if error is None and cell.run.result(warn=False) is None:
+                error = ChildProcessError("it left no result")
             if error is not None and not isinstance(error, RunBusyError):
                 failures[cell.run.id] = one_line(error)
                 cell.run.fail(failures[cell.run.id])
@@ -280,11 +282,12 @@ def main() -> None:
         todo = missing(tables, recorded)
         n_cells = len({cell.run.id for table in tables for cell in table.cells})
         print(f"{n_cells} runs, {len(todo)} of them to do", flush=True)
+        failed: dict[str, str] = {}
         if todo and not arguments.collect:
             known = Measurements(outputs / ".measurements.json")
             todo = [with_group(cell, tables) for cell in longest_first(todo, known)]
             known.save()
-            run_all(todo, Launcher(arguments.launcher, arguments.jobs, place))
+            failed = run_all(todo, Launcher(arguments.launcher, arguments.jobs, place))
 
         every = {cell.run.id: cell.run for table in tables for cell in table.cells}
         runs, curves = collect(folder, every.values(), outputs)
@@ -297,9 +300,9 @@ def main() -> None:
     text = index(results).encode()
     write_atomically(results / "README.md", lambda file: file.write(text))
     print(f"written to {folder}: runs.csv, curves.csv, {', '.join(f'{name}.*' for name in names)}")
-    for key, reason in failures.items():
+    for key, reason in failed.items():
         print(f"failed: {every[key].command}: {reason}", file=sys.stderr)
-    sys.exit(1 if failures else 0)
+    sys.exit(1 if failed else 0)
 
 
 def with_group(cell: Cell, tables: Sequence[TableRuns]) -> Cell:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -253,8 +254,11 @@ def test_submitit_runs_them_too(again):
     assert json.loads((lost / "result.json").read_text())["test_loss"] == before["test_loss"]
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(
+    find_spec("hydra_plugins.hydra_ray_launcher") is None, reason="the extra ray is not there"
+)
 def test_ray_runs_them_too(again):
-    pytest.importorskip("hydra_plugins.hydra_ray_launcher", reason="the extra ray is not installed")
     (lost,) = (again / "outputs").glob("*-sam-*-s1-*")
     shutil.rmtree(lost)
     done = reproduce(again, "--launcher", "ray")
