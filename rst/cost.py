@@ -97,9 +97,9 @@ def cost_of(config: Mapping[str, Any], known: "Measurements") -> Cost:
     steps = config["epochs"] * epoch_steps
     propagations = expected_propagations(schedule_of(config, epoch_steps), steps) if steps else 0.0
     flops, parameters = known.model(config["model"], size)
-    # The checkpoint: float32 weights, and the optimizer's one or two buffers of their size.
+    # Two checkpoints of float32 weights and the optimizer's one or two buffers of their size.
     buffers = 2 if "Adam" in config["optimizer"]["_target_"] else 1
-    return Cost(steps, propagations, config["batch_size"], flops, 4 * parameters * (1 + buffers))
+    return Cost(steps, propagations, config["batch_size"], flops, 2 * 4 * parameters * (1 + buffers))
 
 
 class Measurements:

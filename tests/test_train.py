@@ -157,8 +157,9 @@ def test_a_damaged_checkpoint_is_named(run_train, tmp_path):
     run_train(*arguments)
     folder = only(tmp_path.glob("digits*"))
     (folder / "result.json").unlink()
-    (folder / "checkpoint.pt").write_bytes(b"garbage")
-    with pytest.raises(SystemExit, match=r"checkpoint.pt is damaged: remove it"):
+    for checkpoint in folder.glob("checkpoint*.pt"):
+        checkpoint.write_bytes(b"garbage")
+    with pytest.raises(SystemExit, match=r"checkpoint.pt is damaged \(File is not a zip file\): remove it"):
         run_train(*arguments)
 
 
