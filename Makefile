@@ -6,7 +6,7 @@ LAUNCHER ?= joblib
 ARGS ?= # overrides for every run of a table, such as epochs=1
 REUSE ?= # 1: runs that results/<protocol>/runs.csv records count as complete
 RATE ?= # images a second and propagation, for the plan; measured when not given
-JOBS ?= $(shell $(PYTHON) -c 'import os; print(os.cpu_count())')
+JOBS ?= # processes at once, with joblib; as many as cores when not given
 BIN := .venv/bin
 
 WHICH = --protocol $(PROTOCOL) --table $(TABLE)
@@ -14,14 +14,14 @@ WHICH = --protocol $(PROTOCOL) --table $(TABLE)
 .PHONY: reproduce-tables tables plan readme test test-slow lint format clean
 
 reproduce-tables: .venv/stamp
-	$(BIN)/python scripts/reproduce.py $(WHICH) $(if $(REUSE),--reuse) --launcher $(LAUNCHER) --jobs $(JOBS) $(ARGS)
+	$(BIN)/python scripts/reproduce.py $(WHICH) $(if $(REUSE),--reuse) --launcher $(LAUNCHER) $(if $(JOBS),--jobs $(JOBS)) $(ARGS)
 
 # Tables of what has run so far, also while make reproduce-tables is running.
 tables: .venv/stamp
 	$(BIN)/python scripts/reproduce.py $(WHICH) --collect $(ARGS)
 
 plan: .venv/stamp
-	$(BIN)/python scripts/plan.py $(WHICH) $(if $(RATE),--images-per-second $(RATE)) $(ARGS)
+	$(BIN)/python scripts/plan.py $(WHICH) $(if $(REUSE),--reuse) $(if $(RATE),--images-per-second $(RATE)) $(ARGS)
 
 readme: .venv/stamp
 	$(BIN)/python scripts/readme.py

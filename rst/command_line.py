@@ -34,10 +34,17 @@ def check(config: dict[str, Any], choices: dict[str, str]) -> None:
         value = 1 if key == "threads" and config[key] is None else config[key]
         if type(value) is not int or value < least:
             raise ValueError(f"{key} must be a whole number of at least {least}, got {value!r}")
-    if choices["protocol"] == "paper" and choices["recipe"] == "none":
-        raise ValueError(
-            f"protocol=paper has no recipe for model={choices['model']} on ImageNet: choose a resnet or vgg"
-        )
+    if choices["protocol"] == "paper":
+        if choices["recipe"] == "none":
+            raise ValueError(
+                f"protocol=paper has no recipe for model={choices['model']} dataset={choices['dataset']}: "
+                "see conf/recipe, or leave the protocol out"
+            )
+        optimizer = "adamw" if "vit" in choices["recipe"] else "sgd"
+        if choices["optimizer"] != optimizer:
+            raise ValueError(
+                f"protocol=paper: the recipe for model={choices['model']} is optimizer={optimizer}'s"
+            )
     if config["warmup_epochs"] >= config["epochs"]:
         raise ValueError(
             f"warmup_epochs={config['warmup_epochs']} must be less than epochs={config['epochs']}"
@@ -45,7 +52,7 @@ def check(config: dict[str, Any], choices: dict[str, str]) -> None:
     for key in {"num_classes", "in_chans", "image_size"} & config["model"].keys():
         raise ValueError(f"model.{key} follows from the data set: leave it out")
     if config["l2"] and config["optimizer"].get("weight_decay"):
-        raise ValueError("both l2 and optimizer.weight_decay are set: set one of the two to 0")
+        raise ValueError("both l2 and optimizer.weight_decay are set: add l2=0 or optimizer.weight_decay=0")
     p = FIXED_P.get(choices["method"])
     constant = choices["schedule"] == "constant"
     if p is not None and not (constant and config["schedule"]["p"] == p):
@@ -56,19 +63,26 @@ def check(config: dict[str, Any], choices: dict[str, str]) -> None:
         )
 
 
+# The models of the paper's recipes, by the beginnings of their names.
+CIFAR_CNNS = ("resnet18", "resnet34", "resnet50", "resnet101", "wrn", "vgg", "pyramidnet")
+IMAGENET_FAMILIES = {"resnet18": "resnet", "resnet34": "resnet", "resnet50": "resnet", "resnet101": "resnet"}
+IMAGENET_FAMILIES |= {"vgg16_bn": "vgg", "vgg19_bn": "vgg"}
+
+
 def recipe(protocol: str | None, dataset: str, model: str, augment: str) -> str:
     """The option of conf/recipe for these choices: a column of the paper's table of recipes, or "none"."""
     if protocol != "paper":
         return "none"
     if dataset == "imagenet":
-        families = ("resnet", "vgg")
-        return next((f"imagenet_{family}" for family in families if model.startswith(family)), "none")
+        return f"imagenet_{IMAGENET_FAMILIES[model]}" if model in IMAGENET_FAMILIES else "none"
+    if not dataset.startswith("cifar"):
+        return "none"
     if model.startswith("vit_"):
         return "cifar_vit_mixup" if "mixup" in augment else "cifar_vit"
     for family in ("shakedrop", "shakeshake"):
         if model.endswith(family):
             return f"cifar_{family}"
-    return "cifar_cnn"
+    return "cifar_cnn" if model.startswith(CIFAR_CNNS) else "none"
 
 
 # At import, for a launcher's processes, which do no more than unpickle a task.

@@ -127,7 +127,7 @@ class Measurements:
 
     def speed(self, config: Mapping[str, Any]) -> float:
         """Floating-point operations a second that this machine does in training, by a short measurement with
-        ResNet-20: other models differ from it by a factor of two or so."""
+        ResNet-20: a rough guide to other models, and on a GPU, which ResNet-20 does not fill, too low."""
         device = pick_device(config["device"])
         key = f"{device_name(device)}, {config['precision']}, {config['threads']} threads"
         if key not in self.kept:

@@ -1,6 +1,5 @@
 """Which device a run computes on, in a sweep one GPU a run, and in which precision."""
 
-import getpass
 import logging
 import os
 import tempfile
@@ -41,14 +40,13 @@ def lease(name: str, wait: bool) -> Iterator[torch.device]:
     So n jobs of a sweep fill n GPUs, and further ones wait their turn. With `wait` false, a run started by
     hand, it takes the first GPU where all are leased. "cuda:1" is that one, leased or not.
     """
-    device = pick_device(name)
-    if device.type != "cuda" or device.index is not None:
-        yield device
+    if name not in ("auto", "cuda") or not torch.cuda.is_available():
+        yield pick_device(name)
         return
     # By UUID, as numbers follow CUDA_VISIBLE_DEVICES, which differs between processes.
     ids = [str(torch.cuda.get_device_properties(i).uuid) for i in range(torch.cuda.device_count())]
-    folder = Path(tempfile.gettempdir()) / f"rst-devices-{getpass.getuser()}"
-    with first_free(folder, ids, wait) as index:
+    folder = Path(tempfile.gettempdir()) / f"rst-devices-{os.getuid()}"
+    with first_free(folder, ids, wait) as index, torch.cuda.device(index or 0):
         yield torch.device("cuda", index or 0)
 
 

@@ -153,7 +153,8 @@ class Run:
         with ExitStack() as stack:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                stack.enter_context(FileLock(self.folder / ".lock").acquire(timeout=0))
+                # A moment's patience, as `is_locked` takes it for an instant.
+                stack.enter_context(FileLock(self.folder / ".lock").acquire(timeout=0.5, poll_interval=0.02))
             except Timeout:
                 raise RunBusyError(f"{self.folder} is being run by {self._holder()}") from None
             except OSError as error:

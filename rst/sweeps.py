@@ -82,6 +82,12 @@ def read_specification(conf: Path, table: str, protocol: str) -> Specification:
     rows = []
     for row in spec["rows"]:
         _check_keys(f"{where}, row {row.get('label')}", row, ROW_KEYS, {"label", "overrides"})
+        if not isinstance(row["overrides"], list):
+            raise ValueError(
+                f"{where}, row {row['label']}: overrides must be a list, got {row['overrides']!r}"
+            )
+        if row.get("published") is not None and not row.get("source"):
+            raise ValueError(f"{where}, row {row['label']}: the published value needs a source")
         for overrides in expand(row["overrides"], where):
             values = dict(override.split("=", 1) for override in overrides)
             try:
@@ -102,6 +108,13 @@ def read_specification(conf: Path, table: str, protocol: str) -> Specification:
     if name not in choices:
         raise ValueError(f"{where}: columns must be one of {', '.join(choices)}, got {name!r}")
     columns = [column for sweep in choices[name] for column in expand(sweep, where)]
+    if spec.get("metrics"):
+        from rst.tables import METRICS  # here, as it takes a second, and a plan does not need it
+
+        if unknown := set(spec["metrics"]) - set(METRICS):
+            raise ValueError(
+                f"{where}: unknown metrics {', '.join(sorted(unknown))}; known are {', '.join(METRICS)}"
+            )
     seeds = spec.get("seeds")
     return Specification(
         table, spec["title"], spec["reference"], spec["baseline"], rows, columns, seeds, spec.get("metrics")

@@ -224,6 +224,7 @@ def _line(
     return {
         "label": row.label,
         "method": _distinct(group, "choices.method"),
+        "train_steps": group["steps"].max() if len(group) else np.nan,
         "status": status,
         "n_expected": asked,
         **{f"{name}.{part}": x for name, value in statistics.items() for part, x in asdict(value).items()},

@@ -1,6 +1,7 @@
 """What tables under a protocol will cost, before anything runs (`make plan`)."""
 
 import argparse
+import csv
 import os
 import sys
 from collections.abc import Sequence
@@ -26,9 +27,9 @@ def seconds(cell: Cell, cost: Cost, known: Measurements, rate: float | None) -> 
     return cost.work / known.speed(cell.run.config)
 
 
-def line(found: Sequence[Cell], known: Measurements, rate: float | None) -> list[float]:
+def line(found: Sequence[Cell], known: Measurements, rate: float | None, recorded: set[str]) -> list[float]:
     """runs, done, failed, to do; and of those to do: steps, propagations, hours, gigabytes."""
-    done = [cell.run.result(warn=False) is not None for cell in found]
+    done = [cell.run.id in recorded or cell.run.result(warn=False) is not None for cell in found]
     todo = [cell for cell, is_done in zip(found, done, strict=True) if not is_done]
     failed = sum(cell.run.failure() is not None for cell in todo)
     # What a run costs does not depend on its seed.
@@ -54,6 +55,8 @@ def main() -> None:
         "--images-per-second", type=float, help="of one propagation, in place of a measurement"
     )
     parser.add_argument("--outputs", default="outputs", help="folder of the run folders")
+    parser.add_argument("--results", default="results", help="folder of the tables")
+    parser.add_argument("--reuse", action="store_true", help="what runs.csv records counts as done")
     parser.add_argument("overrides", nargs="*", help="added to every run, such as epochs=1")
     arguments = parser.parse_args()
     names = options(CONF, "table") if arguments.table == "all" else arguments.table.split(",")
@@ -64,6 +67,11 @@ def main() -> None:
     os.chdir(ROOT)
     place = [] if arguments.outputs == "outputs" else [f"outputs={arguments.outputs}"]
     known = Measurements(Path(arguments.outputs) / ".measurements.json")
+    recorded: set[str] = set()
+    runs = Path(arguments.results) / arguments.protocol / "runs.csv"
+    if arguments.reuse and runs.exists():
+        with runs.open(newline="") as file:
+            recorded = {row["id"] for row in csv.DictReader(file)}
     rows, seen = [], set()
     with initialize_config_dir(str(CONF), version_base="1.3"):
         for name in names:
@@ -74,7 +82,9 @@ def main() -> None:
                 seen |= {cell.run.id for cell in new}
                 by_column.setdefault(tuple(column), []).extend(new)
             for setting, its in by_column.items():
-                rows.append([name, " ".join(setting), *line(its, known, arguments.images_per_second)])
+                rows.append(
+                    [name, " ".join(setting), *line(its, known, arguments.images_per_second, recorded)]
+                )
     known.save()
     rows.append(["total", "", *(sum(column) for column in list(zip(*rows, strict=True))[2:])])
     formats = ("", "", *["d"] * 5, ".0f", ".2f", ".2f")
@@ -82,7 +92,7 @@ def main() -> None:
     source = (
         f"{arguments.images_per_second:g} images a second and propagation, as given"
         if arguments.images_per_second
-        else "this machine's speed on ResNet-20 and each model's operations: within a factor of two or so"
+        else "a rough estimate from this machine's speed on ResNet-20 and each model's operations"
     )
     print(f"\nOf what is to do. Device-hours: training alone, by {source}. A run in two tables counts once.")
 

@@ -2,10 +2,12 @@
 
 import argparse
 import os
+import re
 import shlex
 import sys
 import time
 from collections.abc import Iterable, Sequence
+from concurrent.futures import BrokenExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,7 @@ from rst.command_line import launch, one_line
 from rst.cost import Measurements, cost_of, schedule_of, steps_per_epoch
 from rst.device import cpu_cores
 from rst.plots import error_against_propagations, schedule_figure, training_curves
-from rst.record import Run, RunBusyError
+from rst.record import NOT_IDENTITY, Run, RunBusyError
 from rst.rendering import index, to_markdown, write_report
 from rst.sweeps import Cell, RowSpec, Specification, cells, composed, options, read_specification
 from rst.tables import (
@@ -43,6 +45,8 @@ from rst.tracking import log_table
 
 ROOT = Path(__file__).resolve().parent.parent
 CONF = ROOT / "conf"
+# Of a process that died, beside what joblib raises: submitit's and ray's.
+DEATHS = {"UncompletedJobError", "FailedJobError", "WorkerCrashedError", "RayActorError"}
 POLL = 5.0  # seconds between looks at a run that another process is at
 
 
@@ -132,6 +136,8 @@ def _run_batch(batch: Sequence[Cell], launcher: Launcher) -> dict[str, Exception
     try:
         returns = launcher.run(batch)
     except Exception as error:
+        if not (isinstance(error, BrokenExecutor) or type(error).__name__ in DEATHS):
+            raise  # the launcher's own, such as a cluster that is not there
         if len(batch) == 1:
             return {batch[0].run.id: ChildProcessError(f"its process died ({_kind(error)})")}
         print(f"a process died ({_kind(error)}): looking for the run", flush=True)
@@ -192,11 +198,22 @@ def setting_of(run: Run, protocol: str) -> str:
     return ", ".join([*parts, f"{run.config['epochs']} epochs", f"batch size {run.config['batch_size']}"])
 
 
+def column_names(table: TableRuns) -> dict[tuple[str, ...], str]:
+    """Data, model and augmentation of each column; with its overrides where these do not tell them apart."""
+    names = {}
+    for column, found in table.columns.items():
+        choices = found[0][1][0].run.choices
+        names[column] = " / ".join(choices[group] for group in ("dataset", "model", "augment"))
+    alike = [name for name in names.values() if list(names.values()).count(name) > 1]
+    return {c: f"{name} / {' '.join(c)}" if name in alike else name for c, name in names.items()}
+
+
 def build(
     table: TableRuns, protocol: str, common: Sequence[str], runs: pd.DataFrame, failures: dict[str, str]
 ) -> list[Table]:
     """A report: the table's statistics in each of its columns."""
     spec, report = table.spec, []
+    names = column_names(table)
     seeds = [f"seed={spec.seeds}"] if spec.seeds else []
     for column, found in table.columns.items():
         rows = []
@@ -214,7 +231,7 @@ def build(
                 runs,
                 spec.reference,
                 spec.baseline,
-                column=" / ".join(run.choices[group] for group in ("dataset", "model", "augment")),
+                column=names[column],
                 failures=failures,
                 metrics=spec.metrics,
             )
@@ -229,13 +246,16 @@ def write(table: TableRuns, report: list[Table], curves: pd.DataFrame, folder: P
         write_report(report, folder / f"{name}{suffix}")
     stems = [folder / name]
     for one in report:
-        stem = folder / (name if len(report) == 1 else f"{name}_{one.column.replace(' / ', '-')}")
+        stem = folder / (
+            name if len(report) == 1 else f"{name}_{re.sub(r'[^A-Za-z0-9_.=]+', '-', one.column)}"
+        )
         error_against_propagations(one, stem)
         training_curves(one, curves, stem.with_name(f"{stem.name}_curves"))
         stems += [stem, stem.with_name(f"{stem.name}_curves")]
-    first = next(iter(table.columns.values()))  # the schedules are the same in every column
+    first = next(iter(table.columns.values()))  # another column may have another T, or a warmup
     config = first[0][1][0].run.config
-    epoch_steps = steps_per_epoch(config)
+    done = report[0].frame["train_steps"].dropna()
+    epoch_steps = int(done.iloc[0]) // config["epochs"] if len(done) else steps_per_epoch(config)
     schedules = {row.label: schedule_of(found[0].run.config, epoch_steps) for row, found in first}
     schedule_figure(schedules, config["epochs"] * epoch_steps, config["seed"], folder / f"{name}_schedules")
     stems.append(folder / f"{name}_schedules")
@@ -262,12 +282,13 @@ def main() -> None:
     os.chdir(ROOT)
     sys.path.insert(0, str(ROOT))  # for train.py, also in a launcher's processes
     # A shortened table must not take the place of the whole one.
-    results = Path(
-        arguments.results or (f"{arguments.outputs}/results" if arguments.overrides else "results")
-    )
+    changed = [text for text in arguments.overrides if text.split("=")[0] not in NOT_IDENTITY]
+    results = Path(arguments.results or (f"{arguments.outputs}/results" if changed else "results"))
     folder = results / arguments.protocol
-    # Of the processes to come: together they have a thread a core.
-    os.environ["OMP_NUM_THREADS"] = str(max(1, cpu_cores() // arguments.jobs))
+    if arguments.jobs < 1:
+        parser.error(f"--jobs must be at least 1, got {arguments.jobs}")
+    if arguments.launcher == "joblib":  # together its processes have a thread a core
+        os.environ["OMP_NUM_THREADS"] = str(max(1, cpu_cores() // arguments.jobs))
 
     # Left out where it is the default, so that the command which a run records holds anywhere.
     outputs = Path(arguments.outputs)
@@ -292,8 +313,13 @@ def main() -> None:
         every = {cell.run.id: cell.run for table in tables for cell in table.cells}
         runs, curves = collect(folder, every.values(), outputs)
         failures = {key: reason for key, run in every.items() if (reason := run.failure())}
+        # A record from elsewhere must not hide that a run failed here, nor stand in for one unless asked to.
+        shown = runs[~runs["id"].isin(failures)]
+        if not (arguments.reuse or arguments.collect):
+            here = {key for key, run in every.items() if run.result(warn=False)}
+            shown = shown[shown["id"].isin(here)]
         for table in tables:
-            report = build(table, arguments.protocol, arguments.overrides, runs, failures)
+            report = build(table, arguments.protocol, arguments.overrides, shown, failures)
             files = write(table, report, curves, folder)
             print(to_markdown(report) if len(tables) == 1 else f"{table.spec.name}: {table.spec.title}")
             to_wandb(table, files, arguments.protocol, outputs)

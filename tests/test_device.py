@@ -1,5 +1,6 @@
 """One GPU a run in a sweep: leases between processes. Needs no GPU."""
 
+import contextlib
 import multiprocessing
 import os
 import time
@@ -74,9 +75,9 @@ def test_two_gpus(tmp_path, monkeypatch):
             self.uuid = uuid
 
     monkeypatch.setattr("rst.device.tempfile.gettempdir", lambda: str(tmp_path))
-    monkeypatch.setattr(
-        "rst.device.pick_device", lambda name: torch.device("cuda" if name == "auto" else name)
-    )
+    monkeypatch.setattr("rst.device.pick_device", torch.device)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device", lambda index: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: Properties(f"GPU-{i}"))
     with lease("auto", wait=True) as first:

@@ -55,7 +55,7 @@ def test_command(command, run_train, tmp_path, cifar10_root, cifar100_root, flow
             (tmp_path / "imagenet").mkdir(exist_ok=True)
             (tmp_path / "imagenet" / split).symlink_to(flowers / "train")
         arguments[arguments.index("dataset.root=/data/imagenet")] = f"dataset.root={tmp_path / 'imagenet'}"
-        shorter += ["batch_size=12", "dataset.image_size=64", "dataset.workers=0"]
+        shorter += ["batch_size=12", "dataset.image_size=64", "dataset.workers=0", "dataset.name=mini"]
     elif "dataset=image_folder" in arguments:
         arguments[arguments.index("dataset.root=data/flowers")] = f"dataset.root={flowers}"
         shorter += ["batch_size=12"]

@@ -133,8 +133,23 @@ def test_asam_keeps_its_own_rho():
 
 def test_no_recipe(run_train):
     assert recipe("paper", "imagenet", "vit_tiny", "inception") == "none"
-    with pytest.raises(SystemExit, match="no recipe for model=vit_tiny on ImageNet: choose a resnet or vgg"):
-        run_train("protocol=paper", "dataset=imagenet", "model=vit_tiny")
+    for arguments in (
+        "dataset=imagenet model=vit_tiny",
+        "dataset=imagenet model=resnet20",
+        "dataset=cifar10 model=resnet8",
+        "dataset=digits model=resnet18",
+        "dataset=image_folder model=resnet50",
+        "dataset=cifar10 model=timm model.name=resnet18",
+    ):
+        dataset, model = (argument.split("=")[1] for argument in arguments.split()[:2])
+        with pytest.raises(
+            SystemExit, match=f"no recipe for model={model} dataset={dataset}: see conf/recipe"
+        ):
+            run_train("protocol=paper", *arguments.split())
+    with pytest.raises(SystemExit, match="the recipe for model=vit_tiny is optimizer=adamw's"):
+        run_train("protocol=paper", "model=vit_tiny", "optimizer=sgd")
+    with pytest.raises(SystemExit, match="the recipe for model=resnet18 is optimizer=sgd's"):
+        run_train("protocol=paper", "optimizer=adamw", "l2=0")
     with pytest.raises(SystemExit, match="unknown recipe 'cifar': choose from cifar_cnn"):
         run_train("recipe=cifar")
 

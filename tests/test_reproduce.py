@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, command
+from PIL import Image
 
 from rst.tables import read_curves, read_runs
 
@@ -127,8 +128,17 @@ def test_from_the_records_alone_every_file_is_made_again_byte_for_byte(again):
     assert "14 runs, 0 of them to do" in done.stdout
     assert {path.name: path.read_bytes() for path in results.iterdir()} == before
     # Without REUSE they would be run.
-    done = command(sys.executable, "scripts/plan.py", "--outputs", again / "outputs", *SHORT)
-    assert done.stdout.split("total")[1].split()[:4] == ["14", "0", "0", "14"]
+    plan = [
+        sys.executable,
+        "scripts/plan.py",
+        "--outputs",
+        again / "outputs",
+        "--results",
+        results.parent,
+        *SHORT,
+    ]
+    assert command(*plan).stdout.split("total")[1].split()[:4] == ["14", "0", "0", "14"]
+    assert command(*plan, "--reuse").stdout.split("total")[1].split()[:4] == ["14", "14", "0", "0"]
 
 
 def test_collecting_runs_nothing(tmp_path):
@@ -167,7 +177,6 @@ def test_failing_runs_leave_the_others_and_the_table_says_so(again):
         "    return original(self, *arguments, **keywords)\n"
         "engine.Training.run = run\n"
     )
-    shutil.rmtree(results_of(again))  # with the record that they were well once
     lost = list(outputs.glob("*-rst-linear-*"))
     for folder in lost:  # and two that are well
         shutil.rmtree(folder)
@@ -243,6 +252,31 @@ def test_two_drivers_at_once_share_the_runs(reproduced, tmp_path):
 
 
 @pytest.mark.slow
+def test_streamed_images_under_joblib(tmp_path):
+    """Its processes start the loader's."""
+    for split, n in (("train", 4), ("test", 2)):
+        for name in ("a", "b"):
+            (tmp_path / "images" / split / name).mkdir(parents=True)
+            for i in range(n):
+                Image.new("RGB", (40, 40), (i * 50, 0, 0)).save(
+                    tmp_path / "images" / split / name / f"{i}.png"
+                )
+    dataset = ["dataset=image_folder", f"dataset.root={tmp_path / 'images'}", "dataset.in_memory=false"]
+    short = [
+        *dataset,
+        "dataset.workers=2",
+        "augment=inception",
+        "batch_size=4",
+        "epochs=1",
+        "model.width=4",
+        "seed=0",
+    ]
+    done = reproduce(tmp_path, short=short)
+    assert done.returncode == 0, done.stderr
+    assert len(finished_runs(tmp_path)) == 7
+
+
+@pytest.mark.slow
 def test_submitit_runs_them_too(again):
     """Its local executor, as its Slurm one runs them on a cluster."""
     (lost,) = (again / "outputs").glob("*-sam-*-s1-*")
@@ -305,6 +339,7 @@ def test_an_unknown_table_or_protocol_lists_the_choices(arguments, message):
             "cannot write to /dev/null/results/quick (Not a directory); choose",
         ),
         (["schedule.p=0.1,0.2"], "only seed= may sweep here"),
+        (["--launcher", "submitit_slurm"], "srun"),
     ],
 )
 def test_bad_input_is_one_line_and_runs_nothing(tmp_path, arguments, message):
@@ -315,9 +350,40 @@ def test_bad_input_is_one_line_and_runs_nothing(tmp_path, arguments, message):
     assert not list(tmp_path.glob("outputs/digits*"))
 
 
+def test_what_cannot_change_a_result_does_not_move_the_tables(tmp_path):
+    """Overrides that shorten a table keep it from the place of the whole one; a device, say, does not."""
+    done = command(*script(tmp_path, "--collect", "device=cpu", "--results", tmp_path / "given"))
+    assert done.returncode == 0, done.stderr
+    sys.path.insert(0, str(ROOT / "scripts"))
+    import reproduce as driver
+
+    kept = {"device=cpu", "tracker=wandb", "dataset.root=/data", "outputs=elsewhere"}
+    assert {text for text in kept if text.split("=")[0] in driver.NOT_IDENTITY} == kept
+    assert "epochs" not in driver.NOT_IDENTITY
+
+
+def test_columns_that_differ_in_a_value_alone():
+    sys.path.insert(0, str(ROOT / "scripts"))
+    import reproduce as driver
+
+    from rst.record import Run
+    from rst.sweeps import Cell
+
+    run = Run(Path(), {}, {"dataset": "digits", "model": "resnet8", "augment": "none"}, "")
+    other = Run(Path(), {}, {"dataset": "digits", "model": "resnet8", "augment": "cutout"}, "")
+    rows = {
+        column: [(None, [Cell([], one)])] for column, one in ((("a=1",), run), (("a=2",), run), ((), other))
+    }
+    assert list(driver.column_names(driver.TableRuns(None, rows)).values()) == [
+        "digits / resnet8 / none / a=1",
+        "digits / resnet8 / none / a=2",
+        "digits / resnet8 / cutout",
+    ]
+
+
 def test_make_calls_the_scripts():
     def printed(*arguments):
-        return command("make", "--dry-run", *arguments).stdout
+        return " ".join(command("make", "--dry-run", *arguments).stdout.split())
 
     expected = (
         "scripts/reproduce.py --protocol cpu --table overview --reuse --launcher joblib --jobs 3 epochs=1"

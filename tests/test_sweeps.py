@@ -152,6 +152,12 @@ def test_rows_and_columns_sweep_and_are_labelled(spec_of):
             r"table t: Hydra rejects 'seed=range\(0'",
         ),
         (
+            {"rows": [SGD, SAM], "metrics": ["eta", "testerror"]},
+            "table t: unknown metrics testerror; known are",
+        ),
+        ({"rows": [SGD, {**SAM, "overrides": "method=sam"}]}, "table t, row SAM: overrides must be a list"),
+        ({"rows": [SGD, {**SAM, "published": 4.2}]}, "table t, row SAM: the published value needs a source"),
+        (
             {"rows": [SGD, {"label": "SAM {schedule.p}", "overrides": ["method=sam"]}]},
             r"table t: label 'SAM \{schedule.p\}' names 'schedule.p', which no override sets",
         ),

@@ -232,7 +232,7 @@ BAD = {
     "precision=fp16 method=grst method.mix=normalized": "does not commute with fp16's loss scaling",
     "threads=0": "threads must be a whole number of at least 1, got 0",
     "epochs=true": "epochs must be a whole number of at least 1, got True",
-    "optimizer=adamw": "both l2 and optimizer.weight_decay are set",
+    "optimizer=adamw": "both l2 and optimizer.weight_decay are set: add l2=0",
     "augment=cutout": "cutout must be at most the image side 8, got 16",
     "device=cuda:99": "device=cuda:99 cannot be used",
     "dataset.label_noise=2": "label_noise must be between 0 and 1, got 2",

@@ -113,7 +113,8 @@ class Augment:
             policy = self.autoaugment
             if policy == "auto":
                 policy = "cifar10" if min(images.shape[-2:]) < LARGE else "imagenet"
-            images = autoaugment(images, policy, bits[-5:])
+            first = DRAWS.index("autoaugment0")
+            images = autoaugment(images, policy, bits[first : first + 5])
         flip, top, left, cutout_y, cutout_x = bits[:5].to(images.device, non_blocking=True)
         if self.flip or self.crop_padding:
             images = self._flip_and_crop(images, flip % 2 == 0, top, left)

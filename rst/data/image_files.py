@@ -3,6 +3,8 @@
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from multiprocessing import get_all_start_methods, get_context
+from multiprocessing.context import BaseContext
 from typing import IO, Any, Protocol
 
 import numpy as np
@@ -77,11 +79,17 @@ class ImageFiles:
             collate_fn=_stack,
             pin_memory=self.device.type == "cuda",
             generator=torch.Generator(),  # or it would draw from the global one
+            multiprocessing_context=_context() if workers else None,
         )
         for images in _ahead(loader, self.device):
             if isinstance(images, Exception):
                 raise images
             yield images
+
+
+def _context() -> BaseContext:
+    """The platform's own way to start processes. joblib's, the default within its processes, cannot do it."""
+    return get_context("fork" if "fork" in get_all_start_methods() else "spawn")
 
 
 def open_image(reader: Reader, index: int, mode: str = "RGB") -> Image.Image:

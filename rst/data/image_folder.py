@@ -5,11 +5,12 @@ import functools
 import hashlib
 import logging
 import os
+import threading
 import zipfile
 from collections.abc import Callable
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from typing import IO, Literal, NamedTuple, TypeVar
+from typing import IO, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -29,7 +30,6 @@ DECODER = 1  # count it up when decoded pixels change: caches written before are
 
 
 Arrays = dict[str, np.ndarray]
-T = TypeVar("T")
 
 
 class _File(NamedTuple):
@@ -160,7 +160,7 @@ def _decode(files: list[_File], image_size: int | None) -> np.ndarray:
     def fill(i: int, image: np.ndarray) -> None:
         pixels[i] = image.transpose(2, 0, 1)
 
-    _, all_grey = _visit(files, image_size, shape, fill)
+    all_grey = _visit(files, image_size, shape, fill)
     return np.ascontiguousarray(pixels[:, :1]) if all_grey else pixels
 
 
@@ -170,33 +170,40 @@ def _survey(files: list[_File], image_size: int | None, n_train: int) -> Arrays:
     log.info("decoding %d images once, for their mean and standard deviation", len(files))
     shape = _open(files[0].path, image_size)[0].shape
 
-    def count(i: int, image: np.ndarray) -> np.ndarray | None:
-        return np.stack([images.value_counts(image[..., c]) for c in range(3)]) if i < n_train else None
+    total, lock = np.zeros((3, 256), dtype=np.int64), threading.Lock()
 
-    counts, all_grey = _visit(files, image_size, shape, count)
-    total = np.sum([part for part in counts if part is not None], axis=0)
+    def count(i: int, image: np.ndarray) -> None:
+        if i < n_train:
+            counts = np.stack([images.value_counts(image[..., c]) for c in range(3)])
+            with lock:
+                np.add(total, counts, out=total)
+
+    all_grey = _visit(files, image_size, shape, count)
     return {"counts": total[:1] if all_grey else total, "size": np.array(shape[:2])}
 
 
 def _visit(
-    files: list[_File], image_size: int | None, shape: tuple[int, ...], visit: Callable[[int, np.ndarray], T]
-) -> tuple[list[T], bool]:
-    """Decode all files in threads: what `visit(i, image [H, W, 3])` returns for each, and whether all are
-    8-bit greyscale."""
+    files: list[_File],
+    image_size: int | None,
+    shape: tuple[int, ...],
+    visit: Callable[[int, np.ndarray], None],
+) -> bool:
+    """Decode all files in threads and call `visit(i, image [H, W, 3])` for each. Whether all are 8-bit
+    greyscale."""
 
-    def one(i: int) -> tuple[T, bool]:
+    def one(i: int) -> bool:
         image, grey = _open(files[i].path, image_size)
         if image.shape != shape:
             raise ValueError(
                 f"{files[i].path} is {image.shape[1]}×{image.shape[0]} pixels but {files[0].path} is "
                 f"{shape[1]}×{shape[0]}: set dataset.image_size to resize and crop them to one size"
             )
-        return visit(i, image), grey
+        visit(i, image)
+        return grey
 
     with ThreadPool(min(8, cpu_cores())) as pool:
         # imap, not map: it raises the first error in order, at once. Chunks, as small images are quick.
-        visited, grey = zip(*pool.imap(one, range(len(files)), chunksize=64), strict=True)
-    return list(visited), all(grey)
+        return all(list(pool.imap(one, range(len(files)), chunksize=64)))
 
 
 def _open(path: Path, image_size: int | None) -> tuple[np.ndarray, bool]:

@@ -18,6 +18,7 @@ from rst.data.image_files import ImageFiles, Reader
 from rst.data.images import ImageData
 
 EXTENSIONS = (".jpeg", ".jpg", ".png", ".webp")
+IMAGENET = (1_281_167, 1000)  # training images and classes
 SPLITS = {"train": ("train",), "val": ("val", "validation")}
 LAYOUTS = (
     "ROOT/train/<class>/* and ROOT/val/<class>/*, ROOT/train.tar and ROOT/val.tar with <class>/* in them, or "
@@ -48,7 +49,8 @@ def imagenet(
     `random_resized_crop`. Mean and standard deviation are ImageNet's.
 
     The classes are the folders' names, in natural order, or for WebDataset the labels. `validation`,
-    `train_size`, `seed`, `name` and `workers` as in `image_folder`.
+    `train_size`, `seed` and `workers` as in `image_folder`. `name` identifies the data in a run: "imagenet"
+    is refused for what has not ImageNet's number of images and classes.
 
     Raises FileNotFoundError where a split is missing, ValueError where the splits' classes differ.
     """
@@ -62,6 +64,12 @@ def imagenet(
         ]
         more = f" and {len(only) - 5} more" if len(only) > 5 else ""
         raise ValueError(f"{folder}: train and val must have the same classes: {', '.join(only[:5])}{more}")
+
+    if name == "imagenet" and (len(train.reader), len(train.classes)) != IMAGENET:
+        raise ValueError(
+            f"{folder} has {len(train.reader)} training images of {len(train.classes)} classes, which is not "
+            "ImageNet: give the data a name of their own with dataset.name=NAME"
+        )
 
     fit = Compose([Resize(image_size * 8 // 7), CenterCrop(image_size)])
 
@@ -86,6 +94,8 @@ def _open(folder: Path, split: str) -> _Split:
     for name in SPLITS[split]:
         if (folder / name).is_dir():
             folders = _ClassFolders(folder / name)
+            if "" in folders.class_to_idx:
+                raise ValueError(f"{folder / name} has images outside of class folders: expected {LAYOUTS}")
             labels = torch.tensor([label for _, label in folders.samples])
             return _Split(folders, labels, tuple(folders.class_to_idx))
         shards = sorted(folder.glob(f"*{name}*.tar"))
@@ -99,7 +109,7 @@ def _open(folder: Path, split: str) -> _Split:
     raise FileNotFoundError(f"no {split} images in {folder}: expected {LAYOUTS} (set dataset.root=ROOT)")
 
 
-def _has_labels(shard: Path, within: int = 10) -> bool:
+def _has_labels(shard: Path, within: int = 1000) -> bool:
     """Whether .cls files are among the shard's first members, as WebDataset pairs them with images."""
     with tarfile.open(shard) as tar:
         return any(member.name.endswith(".cls") for member in itertools.islice(tar, within))

@@ -183,6 +183,20 @@ def test_a_root_without_the_splits(folder: Path, tmp_path: Path) -> None:
         imagenet(str(tmp_path), **SMALL)
 
 
+def test_other_data_under_imagenets_name(folder: Path) -> None:
+    with pytest.raises(ValueError, match=r"15 training images of 3 classes, which is not ImageNet"):
+        imagenet(str(folder), name="imagenet", **SMALL)
+    assert len(imagenet(str(folder), name="mini", **SMALL).classes) == 3
+
+
+def test_images_outside_of_class_folders(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "flat")
+    for path in files_of(tmp_path / "flat", "val"):
+        path.rename(tmp_path / "flat" / "val" / path.name)
+    with pytest.raises(ValueError, match=r"flat/val has images outside of class folders"):
+        imagenet(str(tmp_path / "flat"), **SMALL)
+
+
 def test_a_shard_without_a_label_or_images(webdataset: Path, tmp_path: Path) -> None:
     with tarfile.open(webdataset / "imagenet-val-000000.tar", "a") as archive:
         archive.addfile(tarfile.TarInfo("extra.jpg"))
