@@ -3,7 +3,7 @@
 import json
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from rst.checkpoint import write_atomically
 from rst.device import PRECISIONS, cpu_threads, pick_device
-from rst.record import device_name
+from rst.record import Run, device_name
 from rst.schedule import Schedule, Warmup, expected_propagations
 
 log = logging.getLogger(__name__)
@@ -102,6 +102,18 @@ def cost_of(config: Mapping[str, Any], known: "Measurements") -> Cost:
     return Cost(steps, propagations, config["batch_size"], flops, 2 * 4 * parameters * (1 + buffers))
 
 
+def costs_of(runs: Iterable[Run], known: "Measurements") -> list[Cost]:
+    """The cost of each run, computed once for those that differ in their seed alone."""
+    costs: dict[str, Cost] = {}
+    found = []
+    for run in runs:
+        key = run.without_seed
+        if key not in costs:
+            costs[key] = cost_of(run.config, known)
+        found.append(costs[key])
+    return found
+
+
 class Measurements:
     """Models' sizes and this machine's speed, measured once and kept in a file.
 
@@ -152,13 +164,10 @@ def _model_size(key: str) -> tuple[float, int]:
 
 
 def _speed(device: torch.device, precision: str, batch_size: int = 64, seconds: float = 1.0) -> float:
-    import timm
-
-    import rst.models  # noqa: F401  registers the model
-
     size = DataSize(0, 3, 32, 10)
     flops, _ = _model_size(json.dumps([_RESNET20, size[1:]], sort_keys=True))
-    model = timm.create_model("resnet20").to(memory_format=torch.channels_last).to(device)
+    model = instantiate(_RESNET20)(num_classes=10, in_chans=3, image_size=(32, 32))
+    model = model.to(device, memory_format=torch.channels_last)
     images = torch.randn(batch_size, 3, 32, 32, device=device)
     labels = torch.zeros(batch_size, dtype=torch.int64, device=device)
     dtype = PRECISIONS[precision]

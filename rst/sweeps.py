@@ -1,9 +1,10 @@
 """A table's specification (conf/table) and the runs that it stands for under a protocol."""
 
+import argparse
 import multiprocessing
 import re
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -249,3 +250,53 @@ def _prepare(wanted: set[tuple[str, ...]], few: int = 2) -> None:
                 _compositions.update(zip(new, pool.map(_compose, new), strict=True))
             except Exception:
                 return  # `composed` meets the error again, and says which run's it is
+
+
+@dataclass(frozen=True)
+class TableRuns:
+    """A table's specification and its runs: by column, then by row."""
+
+    spec: Specification
+    columns: dict[tuple[str, ...], list[tuple[RowSpec, list[Cell]]]]
+
+    @property
+    def cells(self) -> list[Cell]:
+        return [cell for rows in self.columns.values() for _, row in rows for cell in row]
+
+
+def gather(names: Iterable[str], conf: Path, protocol: str, common: Sequence[str]) -> list[TableRuns]:
+    """The runs of these tables. Within `initialize_config_dir`."""
+    tables = []
+    for name in names:
+        spec = read_specification(conf, name, protocol)
+        columns: dict[tuple[str, ...], list[tuple[RowSpec, list[Cell]]]] = {}
+        for column, row, found in cells(spec, conf, protocol, common):
+            columns.setdefault(tuple(column), []).append((row, found))
+        tables.append(TableRuns(spec, columns))
+    return tables
+
+
+def table_parser(description: str | None, conf: Path) -> argparse.ArgumentParser:
+    """The arguments of every script about tables; `table_names` and `place` read them."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--protocol", default="quick", choices=options(conf, "protocol"))
+    parser.add_argument("--table", default="overview", help="names from conf/table with commas, or all")
+    parser.add_argument("--outputs", default="outputs", help="folder of the run folders")
+    parser.add_argument("--reuse", action="store_true", help="what runs.csv records counts as complete")
+    parser.add_argument("overrides", nargs="*", help="added to every run, such as epochs=1")
+    return parser
+
+
+def table_names(parser: argparse.ArgumentParser, table: str, conf: Path) -> list[str]:
+    """The tables that `--table` asks for; ends the process where there is no such table."""
+    known = options(conf, "table")
+    names = known if table == "all" else table.split(",")
+    if unknown := set(names) - set(known):
+        parser.error(f"unknown table {', '.join(unknown)}: choose from {', '.join(known)}, all")
+    return names
+
+
+def place(outputs: str) -> list[str]:
+    """The override for the folder of run folders. None for the default, so that the command which a run
+    records holds anywhere."""
+    return [] if outputs == "outputs" else [f"outputs={outputs}"]

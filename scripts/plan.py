@@ -1,6 +1,5 @@
 """What tables under a protocol will cost, before anything runs (`make plan`)."""
 
-import argparse
 import csv
 import os
 import sys
@@ -11,8 +10,8 @@ from hydra import initialize_config_dir
 from tabulate import tabulate
 
 from rst.command_line import launch
-from rst.cost import Cost, Measurements, cost_of
-from rst.sweeps import Cell, cells, options, read_specification
+from rst.cost import Cost, Measurements, costs_of
+from rst.sweeps import Cell, gather, place, table_names, table_parser
 
 ROOT = Path(__file__).resolve().parent.parent
 CONF = ROOT / "conf"
@@ -32,9 +31,7 @@ def line(found: Sequence[Cell], known: Measurements, rate: float | None, recorde
     done = [cell.run.id in recorded or cell.run.result(warn=False) is not None for cell in found]
     todo = [cell for cell, is_done in zip(found, done, strict=True) if not is_done]
     failed = sum(cell.run.failure() is not None for cell in todo)
-    # What a run costs does not depend on its seed.
-    costs = {cell.run.without_seed: cost_of(cell.run.config, known) for cell in todo}
-    each = [(cell, costs[cell.run.without_seed]) for cell in todo]
+    each = list(zip(todo, costs_of((cell.run for cell in todo), known), strict=True))
     return [
         len(found),
         sum(done),
@@ -48,24 +45,14 @@ def line(found: Sequence[Cell], known: Measurements, rate: float | None, recorde
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--protocol", default="quick", choices=options(CONF, "protocol"))
-    parser.add_argument("--table", default="overview", help="names from conf/table with commas, or all")
+    parser = table_parser(__doc__, CONF)
     parser.add_argument(
         "--images-per-second", type=float, help="of one propagation, in place of a measurement"
     )
-    parser.add_argument("--outputs", default="outputs", help="folder of the run folders")
     parser.add_argument("--results", default="results", help="folder of the tables")
-    parser.add_argument("--reuse", action="store_true", help="what runs.csv records counts as done")
-    parser.add_argument("overrides", nargs="*", help="added to every run, such as epochs=1")
     arguments = parser.parse_args()
-    names = options(CONF, "table") if arguments.table == "all" else arguments.table.split(",")
-    if unknown := set(names) - set(options(CONF, "table")):
-        parser.error(
-            f"unknown table {', '.join(unknown)}: choose from {', '.join(options(CONF, 'table'))}, all"
-        )
+    names = table_names(parser, arguments.table, CONF)
     os.chdir(ROOT)
-    place = [] if arguments.outputs == "outputs" else [f"outputs={arguments.outputs}"]
     known = Measurements(Path(arguments.outputs) / ".measurements.json")
     recorded: set[str] = set()
     runs = Path(arguments.results) / arguments.protocol / "runs.csv"
@@ -74,17 +61,14 @@ def main() -> None:
             recorded = {row["id"] for row in csv.DictReader(file)}
     rows, seen = [], set()
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        for name in names:
-            spec = read_specification(CONF, name, arguments.protocol)
-            by_column: dict[tuple[str, ...], list[Cell]] = {}
-            for column, _, found in cells(spec, CONF, arguments.protocol, [*arguments.overrides, *place]):
-                new = [cell for cell in found if cell.run.id not in seen]  # SGD and SAM are in most tables
+        common = [*arguments.overrides, *place(arguments.outputs)]
+        for table in gather(names, CONF, arguments.protocol, common):
+            for column, found in table.columns.items():
+                cells = [cell for _, row in found for cell in row]
+                new = [cell for cell in cells if cell.run.id not in seen]  # SGD and SAM are in most tables
                 seen |= {cell.run.id for cell in new}
-                by_column.setdefault(tuple(column), []).extend(new)
-            for setting, its in by_column.items():
-                rows.append(
-                    [name, " ".join(setting), *line(its, known, arguments.images_per_second, recorded)]
-                )
+                figures = line(new, known, arguments.images_per_second, recorded)
+                rows.append([table.spec.name, " ".join(column), *figures])
     known.save()
     rows.append(["total", "", *(sum(column) for column in list(zip(*rows, strict=True))[2:])])
     formats = ("", "", *["d"] * 5, ".0f", ".2f", ".2f")

@@ -1,6 +1,5 @@
 """Run what is missing of tables under a protocol, then write them (make reproduce-tables, make tables)."""
 
-import argparse
 import os
 import re
 import shlex
@@ -8,7 +7,7 @@ import sys
 import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import BrokenExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +23,12 @@ from omegaconf import OmegaConf
 
 from rst.checkpoint import write_atomically
 from rst.command_line import launch, one_line
-from rst.cost import Measurements, cost_of, schedule_of, steps_per_epoch
+from rst.cost import Measurements, costs_of, schedule_of, steps_per_epoch
 from rst.device import cpu_cores
 from rst.plots import error_against_propagations, schedule_figure, training_curves
 from rst.record import NOT_IDENTITY, Run, RunBusyError
 from rst.rendering import index, to_markdown, write_report
-from rst.sweeps import Cell, RowSpec, Specification, cells, composed, options, read_specification
+from rst.sweeps import Cell, TableRuns, composed, gather, place, table_names, table_parser
 from rst.tables import (
     Row,
     Table,
@@ -50,57 +49,32 @@ DEATHS = {"UncompletedJobError", "FailedJobError", "WorkerCrashedError", "RayAct
 POLL = 5.0  # seconds between looks at a run that another process is at
 
 
-@dataclass(frozen=True)
-class TableRuns:
-    """A table's specification and its runs: by column, then by row."""
-
-    spec: Specification
-    columns: dict[tuple[str, ...], list[tuple[RowSpec, list[Cell]]]]
-
-    @property
-    def cells(self) -> list[Cell]:
-        return [cell for rows in self.columns.values() for _, row in rows for cell in row]
-
-
-def gather(names: Iterable[str], protocol: str, common: Sequence[str]) -> list[TableRuns]:
-    """The runs of these tables. Within `initialize_config_dir`."""
-    tables = []
-    for name in names:
-        spec = read_specification(CONF, name, protocol)
-        columns: dict[tuple[str, ...], list[tuple[RowSpec, list[Cell]]]] = {}
-        for column, row, found in cells(spec, CONF, protocol, common):
-            columns.setdefault(tuple(column), []).append((row, found))
-        tables.append(TableRuns(spec, columns))
-    return tables
-
-
 def missing(tables: Sequence[TableRuns], recorded: set[str]) -> list[Cell]:
     """The runs, each once, that have no result and are not among the recorded ids."""
     unique = {cell.run.id: cell for table in tables for cell in table.cells}
     return [cell for cell in unique.values() if cell.run.id not in recorded and not cell.run.result()]
 
 
-def longest_first(batch: Iterable[Cell], known: Measurements) -> list[Cell]:
+def longest_first(batch: Sequence[Cell], known: Measurements) -> list[Cell]:
     """So that none of the long ones begins when the others have ended."""
-    work = {cell.run.id: cost_of(cell.run.config, known).work for cell in batch}
-    return sorted(batch, key=lambda cell: -work[cell.run.id])
+    costed = zip(batch, costs_of((cell.run for cell in batch), known), strict=True)
+    return [cell for cell, _ in sorted(costed, key=lambda pair: -pair[1].work)]
 
 
 class Launcher:
     """A Hydra launcher, given a batch of jobs as `python train.py -m` gives it those of a grid."""
 
-    def __init__(self, name: str, jobs: int, place: Sequence[str]) -> None:
-        self.overrides = ["hydra.mode=MULTIRUN", f"hydra/launcher={name}", "hydra/hydra_logging=none", *place]
-        self.overrides += [f"hydra.launcher.n_jobs={jobs}"] if name == "joblib" else []
-        compose("train", self.overrides, return_hydra_config=True)  # an unknown launcher fails now
+    def __init__(self, name: str, jobs: int, where: Sequence[str]) -> None:
+        overrides = ["hydra.mode=MULTIRUN", f"hydra/launcher={name}", "hydra/hydra_logging=none", *where]
+        overrides += [f"hydra.launcher.n_jobs={jobs}"] if name == "joblib" else []
+        self.config = compose("train", overrides, return_hydra_config=True)
 
     def run(self, batch: Sequence[Cell]) -> Sequence[JobReturn]:
         import train  # here, as it takes seconds, and a table that is complete does not need it
 
-        config = compose("train", self.overrides, return_hydra_config=True)
-        context = HydraContext(GlobalHydra.instance().config_loader(), Callbacks(config))
+        context = HydraContext(GlobalHydra.instance().config_loader(), Callbacks(self.config))
         task = train.main.__wrapped__  # what hydra.main decorates
-        plugin = Plugins.instance().instantiate_launcher(context, task, config)
+        plugin = Plugins.instance().instantiate_launcher(context, task, self.config)
         return plugin.launch([cell.overrides for cell in batch], initial_job_idx=0)
 
 
@@ -169,7 +143,6 @@ def collect(folder: Path, runs: Iterable[Run], outputs: Path) -> tuple[pd.DataFr
             new = curves_frame({run.id: run.metrics() for run, _ in done})
             curves = pd.concat([curves[~curves["id"].isin(new["id"])], new])
             curves = curves.sort_values(["id", "epoch"], ignore_index=True)
-        folder.mkdir(parents=True, exist_ok=True)
         write_runs(frame, folder / "runs.csv")
         write_curves(curves, folder / "curves.csv")
     return frame, curves
@@ -263,22 +236,13 @@ def write(table: TableRuns, report: list[Table], curves: pd.DataFrame, folder: P
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--protocol", default="quick", choices=options(CONF, "protocol"))
-    parser.add_argument("--table", default="overview", help="names from conf/table with commas, or all")
+    parser = table_parser(__doc__, CONF)
     parser.add_argument("--launcher", default="joblib", help="Hydra's: joblib, basic, submitit_slurm, ray, …")
     parser.add_argument("--jobs", type=int, default=cpu_cores(), help="processes at once, with joblib")
-    parser.add_argument("--outputs", default="outputs", help="folder of the run folders")
     parser.add_argument("--results", help="folder of the tables: results, with overrides OUTPUTS/results")
-    parser.add_argument("--reuse", action="store_true", help="what runs.csv records counts as complete")
     parser.add_argument("--collect", action="store_true", help="run nothing, write tables of what there is")
-    parser.add_argument("overrides", nargs="*", help="added to every run, such as epochs=1")
     arguments = parser.parse_args()
-    names = options(CONF, "table") if arguments.table == "all" else arguments.table.split(",")
-    if unknown := set(names) - set(options(CONF, "table")):
-        parser.error(
-            f"unknown table {', '.join(unknown)}: choose from {', '.join(options(CONF, 'table'))}, all"
-        )
+    names = table_names(parser, arguments.table, CONF)
     os.chdir(ROOT)
     sys.path.insert(0, str(ROOT))  # for train.py, also in a launcher's processes
     # A shortened table must not take the place of the whole one.
@@ -290,11 +254,9 @@ def main() -> None:
     if arguments.launcher == "joblib":  # together its processes have a thread a core
         os.environ["OMP_NUM_THREADS"] = str(max(1, cpu_cores() // arguments.jobs))
 
-    # Left out where it is the default, so that the command which a run records holds anywhere.
-    outputs = Path(arguments.outputs)
-    place = [] if arguments.outputs == "outputs" else [f"outputs={outputs}"]
+    outputs, where = Path(arguments.outputs), place(arguments.outputs)
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        tables = gather(names, arguments.protocol, [*arguments.overrides, *place])
+        tables = gather(names, CONF, arguments.protocol, [*arguments.overrides, *where])
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -308,7 +270,7 @@ def main() -> None:
             known = Measurements(outputs / ".measurements.json")
             todo = [with_group(cell, tables) for cell in longest_first(todo, known)]
             known.save()
-            failed = run_all(todo, Launcher(arguments.launcher, arguments.jobs, place))
+            failed = run_all(todo, Launcher(arguments.launcher, arguments.jobs, where))
 
         every = {cell.run.id: cell.run for table in tables for cell in table.cells}
         runs, curves = collect(folder, every.values(), outputs)

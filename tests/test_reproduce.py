@@ -367,14 +367,14 @@ def test_columns_that_differ_in_a_value_alone():
     import reproduce as driver
 
     from rst.record import Run
-    from rst.sweeps import Cell
+    from rst.sweeps import Cell, TableRuns
 
     run = Run(Path(), {}, {"dataset": "digits", "model": "resnet8", "augment": "none"}, "")
     other = Run(Path(), {}, {"dataset": "digits", "model": "resnet8", "augment": "cutout"}, "")
     rows = {
         column: [(None, [Cell([], one)])] for column, one in ((("a=1",), run), (("a=2",), run), ((), other))
     }
-    assert list(driver.column_names(driver.TableRuns(None, rows)).values()) == [
+    assert list(driver.column_names(TableRuns(None, rows)).values()) == [
         "digits / resnet8 / none / a=1",
         "digits / resnet8 / none / a=2",
         "digits / resnet8 / cutout",

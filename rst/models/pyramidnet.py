@@ -66,49 +66,20 @@ class PyramidNet(nn.Module):
         return self.head(F.relu(self.norm(self.blocks(self.stem(x)))).mean((2, 3)))
 
 
-@register
-def pyramidnet164_48(num_classes: int = 10, in_chans: int = 3, alpha: float = 48) -> PyramidNet:
-    """PyramidNet-164 with widening `alpha` = 48."""
-    return PyramidNet(164, num_classes, in_chans, alpha, shakedrop=False)
+def _register(name: str, depth: int, widening: float, shakedrop: bool) -> None:
+    def build(num_classes: int = 10, in_chans: int = 3, alpha: float = widening) -> PyramidNet:
+        return PyramidNet(depth, num_classes, in_chans, alpha, shakedrop)
+
+    build.__name__ = name
+    build.__doc__ = f"PyramidNet-{depth} of widening `alpha`{' with ShakeDrop' * shakedrop}."
+    register(build)
 
 
-@register
-def pyramidnet164_48_shakedrop(num_classes: int = 10, in_chans: int = 3, alpha: float = 48) -> PyramidNet:
-    """PyramidNet-164 with widening `alpha` = 48 and ShakeDrop."""
-    return PyramidNet(164, num_classes, in_chans, alpha, shakedrop=True)
-
-
-@register
-def pyramidnet164_270(num_classes: int = 10, in_chans: int = 3, alpha: float = 270) -> PyramidNet:
-    """PyramidNet-164 with widening `alpha` = 270."""
-    return PyramidNet(164, num_classes, in_chans, alpha, shakedrop=False)
-
-
-@register
-def pyramidnet164_270_shakedrop(num_classes: int = 10, in_chans: int = 3, alpha: float = 270) -> PyramidNet:
-    """PyramidNet-164 with widening `alpha` = 270 and ShakeDrop."""
-    return PyramidNet(164, num_classes, in_chans, alpha, shakedrop=True)
-
-
-@register
-def pyramidnet200(num_classes: int = 10, in_chans: int = 3, alpha: float = 240) -> PyramidNet:
-    """PyramidNet-200 with widening `alpha` = 240."""
-    return PyramidNet(200, num_classes, in_chans, alpha, shakedrop=False)
-
-
-@register
-def pyramidnet200_shakedrop(num_classes: int = 10, in_chans: int = 3, alpha: float = 240) -> PyramidNet:
-    """PyramidNet-200 with widening `alpha` = 240 and ShakeDrop."""
-    return PyramidNet(200, num_classes, in_chans, alpha, shakedrop=True)
-
-
-@register
-def pyramidnet272(num_classes: int = 10, in_chans: int = 3, alpha: float = 200) -> PyramidNet:
-    """PyramidNet-272 with widening `alpha` = 200."""
-    return PyramidNet(272, num_classes, in_chans, alpha, shakedrop=False)
-
-
-@register
-def pyramidnet272_shakedrop(num_classes: int = 10, in_chans: int = 3, alpha: float = 200) -> PyramidNet:
-    """PyramidNet-272 with widening `alpha` = 200 and ShakeDrop."""
-    return PyramidNet(272, num_classes, in_chans, alpha, shakedrop=True)
+for _name, _depth, _alpha in (
+    ("pyramidnet164_48", 164, 48),
+    ("pyramidnet164_270", 164, 270),
+    ("pyramidnet200", 200, 240),
+    ("pyramidnet272", 272, 200),
+):
+    _register(_name, _depth, _alpha, shakedrop=False)
+    _register(f"{_name}_shakedrop", _depth, _alpha, shakedrop=True)
