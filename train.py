@@ -2,6 +2,7 @@
 
 import logging
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,22 +12,24 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig
-from tqdm import tqdm
 
-from rst import checkpoint, expected_propagations, propagations_std
+from rst import checkpoint, distributed, expected_propagations, propagations_std
 from rst.command_line import describe, launch, task
-from rst.cost import schedule_of
+from rst.cost import checkpoint_bytes, schedule_of
 from rst.data import steps_per_epoch
 from rst.device import cpu_threads, lease
 from rst.draws import draw
 from rst.engine import Training
+from rst.interruption import Interruption
 from rst.listing import listing
 from rst.lr_schedule import with_warmup
-from rst.record import Run, peak_memory_bytes, provenance, reset_peak_memory, summarize
-from rst.tracking import Tracker
+from rst.progress import Progress, in_words
+from rst.record import Run, combined, peak_memory_bytes, provenance, reset_peak_memory, summarize
+from rst.tracking import NoTracker, Tracker
 
 log = logging.getLogger("train")
 ROOT = Path(__file__).resolve().parent
+OF_TRAINING = ["epochs", "batch_size", "seed", "l2", "clip_norm", "precision", "grad_accumulation"]
 
 
 @hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name="train")
@@ -39,17 +42,13 @@ def main(cfg: DictConfig) -> None:
         log.info("%s is complete, nothing to run", run.folder)
     else:
         sweep = hydra_cfg.mode is RunMode.MULTIRUN
-        with cpu_threads(run.config["threads"]), lease(run.config["device"], wait=sweep) as device:
-            result = train(run, device, verbose=not sweep)
-    log.info(
-        "%s: test accuracy %.2f %%, best %.2f %%, propagation count %.3f, expected %.3f, %.1f s of training",
-        run.name,
-        100 * result["test_accuracy"],
-        100 * result["best_test_accuracy"],
-        result["propagations"] / result["steps"],
-        result["expected_propagations"] / result["steps"],
-        result["seconds"]["train"],
-    )
+        with (
+            cpu_threads(run.config["threads"]),
+            lease(run.config["device"], wait=sweep) as device,
+            distributed.process_group(device),
+        ):
+            result = train(run, device, verbose=not sweep and distributed.is_first())
+    log.info("%s", in_words(run.name, result))
 
 
 def train(run: Run, device: torch.device, verbose: bool) -> dict[str, Any]:
@@ -72,11 +71,14 @@ def train(run: Run, device: torch.device, verbose: bool) -> dict[str, Any]:
     model = build("model")(num_classes=len(data.classes), in_chans=channels, image_size=(height, width))
     layout = torch.channels_last if config["channels_last"] else torch.preserve_format
     model = model.to(device, memory_format=layout)
+    n_bytes = checkpoint_bytes(sum(p.numel() for p in model.parameters()), config)
+    checkpoint.require_space(run.folder, 3 * n_bytes)  # two, and one being written
+    model = distributed.replicate(model, device)
     base = build("optimizer")(model.parameters())
     optimizer = build("method")(base, schedule, total_steps, module=model, seed=config["seed"])
-    settings = {key: config[key] for key in ("epochs", "batch_size", "seed", "l2", "clip_norm", "precision")}
+    settings = {key: config[key] for key in OF_TRAINING}
     training = Training(model, optimizer, lr_factor, data, build("augment"), **settings)
-    tracker = build("tracker")(
+    tracker = (build("tracker") if distributed.is_first() else NoTracker)(
         run_name=run.name,
         group="-".join(run.labels),
         job_type=run.choices["method"],
@@ -84,7 +86,8 @@ def train(run: Run, device: torch.device, verbose: bool) -> dict[str, Any]:
         folder=run.folder,
         config={**config, "choices": run.choices},
     )
-    with run.lock():
+    with run.lock() if distributed.is_first() else nullcontext():
+        distributed.barrier()
         # Another process may have completed it while this one was waiting for its device.
         return run.result(warn=False) or fit(run, training, tracker, made_with, verbose)
 
@@ -93,42 +96,44 @@ def fit(
     run: Run, training: Training, tracker: Tracker, made_with: dict[str, Any], verbose: bool
 ) -> dict[str, Any]:
     """Train what is left of a run whose folder is locked, and write down each epoch and the result."""
-    optimizer, device = training.optimizer, training.device
-    schedule, total_steps = optimizer.schedule, optimizer.total_steps
-    state = checkpoint.load(run.checkpoint)
-    commits = [made_with["commit"]]
+    optimizer, is_first = training.optimizer, distributed.is_first()
+    made = [made_with]
+    state = checkpoint.load(run.checkpoint, run.id)
     if state is not None:
         training.load_state_dict(state["training"])
-        commits = list(dict.fromkeys([*state["commits"], *commits]))
-    run.open(training.metrics)
+        made = [*state["made"], *made]
+    distributed.require_equal(optimizer.steps, "the ranks must share the outputs folder; they begin at steps")
+    every = checkpoint.Every(**run.config["checkpoint"])
+    if is_first:
+        run.open(training.metrics)
     if verbose:
         done = f", the first {optimizer.steps} done before" if optimizer.steps else ""
-        log.info("%s: %d steps on %s%s", run.folder, total_steps, made_with["device_name"], done)
+        log.info("%s: %d steps on %s%s", run.folder, optimizer.total_steps, made_with["device_name"], done)
 
-    bar = tqdm(
-        total=total_steps, initial=optimizer.steps, unit="step", disable=not (verbose and sys.stderr.isatty())
-    )
-    with bar, tracker:
-        for metrics in training.run(on_step=bar.update):
-            run.append(metrics)
-            checkpoint.save(run.checkpoint, {"training": training.state_dict(), "commits": commits})
-            tracker.log(metrics)
-            bar.set_postfix_str(f"epoch {metrics['epoch']}, test {metrics['test_accuracy']:.2%}")
-            if verbose and bar.disable:
-                log.info(
-                    "epoch {epoch}: train loss {train_loss:.4f}, test loss {test_loss:.4f}, "
-                    "test accuracy {test_accuracy:.4f}, propagations {propagations}".format(**metrics)
-                )
-        result = run.complete(
-            {
-                **summarize(training.metrics),
-                "expected_propagations": expected_propagations(schedule, total_steps),
-                "propagations_std": propagations_std(schedule, total_steps),
-                "peak_memory_bytes": peak_memory_bytes(device),
-                **made_with,
-                "commit": "+".join(filter(None, commits)) or None,
-            }
-        )
+    with Progress(training, verbose) as progress, tracker, Interruption() as interruption:
+        for metrics in training.run(interruption.requested):  # after each step; of an epoch that has ended
+            epochs = None if metrics is None else metrics["epoch"]
+            if metrics is not None and is_first:
+                run.append(metrics)
+                tracker.log(metrics)
+            is_due = (
+                every.is_due(optimizer.steps, epochs) or epochs == training.epochs or training.guard.stopping
+            )
+            if is_due and is_first:
+                content = {"training": training.state_dict(), "made": made}
+                checkpoint.save(run.checkpoint, content, run.id)
+            progress.update(metrics)
+            if training.guard.stopping:
+                distributed.barrier()
+                interruption.end()
+        figures = {
+            **summarize(training.metrics),
+            "expected_propagations": expected_propagations(optimizer.schedule, optimizer.total_steps),
+            "propagations_std": propagations_std(optimizer.schedule, optimizer.total_steps),
+            "peak_memory_bytes": peak_memory_bytes(training.device),
+            **combined(made),
+        }
+        result = run.complete(figures) if is_first else figures
         tracker.summary(result)
     return result
 

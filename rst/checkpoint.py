@@ -1,8 +1,10 @@
-"""Writing files so that a crash leaves the old one or the new one, never a part."""
+"""Writing files so that a crash leaves the old one or the new one, never a part. Checkpoints, and when."""
 
+import hashlib
 import logging
 import os
-import zipfile
+import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
@@ -11,10 +13,17 @@ import torch
 
 log = logging.getLogger(__name__)
 
+SCHEMA = 1
+_DIGEST_BYTES = hashlib.sha256().digest_size
+
 
 def write_atomically(path: Path, write: Callable[[IO[bytes]], object], keep: Path | None = None) -> None:
     """Write to a temporary file beside `path`, flush it to the disk, and put it in `path`'s place; what was
-    there before becomes `keep`, where given."""
+    there before becomes `keep`, where given.
+
+    Raises:
+        OSError: when it cannot be written, on a full disk say; `path` is then as it was.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
@@ -24,6 +33,13 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object], keep: Pat
         if keep is not None and path.exists():
             path.replace(keep)
         temporary.replace(path)
+    except (OSError, RuntimeError) as error:
+        # torch.save makes a RuntimeError of what goes wrong in writing.
+        cause = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(cause, OSError):
+            raise
+        kept = "; the one before it is intact" if path.exists() else ""
+        raise OSError(f"cannot write {path} ({cause.strerror or cause}){kept}") from error
     finally:
         temporary.unlink(missing_ok=True)
     folder = os.open(path.parent, os.O_RDONLY)
@@ -33,23 +49,103 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object], keep: Pat
         os.close(folder)
 
 
+def remove_temporary(folder: Path) -> None:
+    """Remove what `write_atomically` left there when its process was killed. Nobody may be writing."""
+    for path in folder.glob(".*.tmp"):
+        path.unlink()
+
+
+def require_space(folder: Path, n_bytes: int) -> None:
+    """Raises OSError where the disk of `folder`, which need not exist yet, has less space than that for its
+    checkpoints, those that it holds included."""
+    existing = next(path for path in (folder, *folder.resolve().parents) if path.is_dir())
+    free = shutil.disk_usage(existing).free + sum(path.stat().st_size for path in folder.glob("*.pt"))
+    if free < n_bytes:
+        raise OSError(
+            f"not enough space in {folder}: {n_bytes / 2**20:.0f} MiB are needed for checkpoints, "
+            f"{free / 2**20:.0f} MiB are free; choose another folder with outputs=DIR"
+        )
+
+
+class Every:
+    """When a checkpoint is due: at each multiple of `every_steps` and of `every_epochs`, and `every_minutes`
+    after the last one; None is never. The end of a run is for the caller to see to.
+
+    Raises:
+        ValueError: for a number that is not above 0, or steps and epochs that are no whole number.
+    """
+
+    def __init__(
+        self, every_steps: int | None, every_epochs: int | None, every_minutes: float | None
+    ) -> None:
+        for name, value in {"every_steps": every_steps, "every_epochs": every_epochs}.items():
+            if value is not None and (type(value) is not int or value < 1):
+                raise ValueError(
+                    f"checkpoint.{name} must be a whole number of at least 1, or null, got {value!r}"
+                )
+        if every_minutes is not None and (isinstance(every_minutes, bool | str) or not every_minutes > 0):
+            raise ValueError(f"checkpoint.every_minutes must be above 0, or null, got {every_minutes!r}")
+        self.every_steps, self.every_epochs, self.every_minutes = every_steps, every_epochs, every_minutes
+        self._steps, self._time = 0, time.monotonic()
+
+    def is_due(self, steps: int, epochs: int | None) -> bool:
+        """Asked after each step and each epoch. `steps`: taken so far. `epochs`: completed so far where one
+        has just been, else None."""
+        stepped, self._steps = steps != self._steps, steps
+        due = bool(
+            (self.every_steps and stepped and steps % self.every_steps == 0)
+            or (self.every_epochs and epochs is not None and epochs % self.every_epochs == 0)
+            or (self.every_minutes and time.monotonic() - self._time >= 60 * self.every_minutes)
+        )
+        if due:
+            self._time = time.monotonic()
+        return due
+
+
 def previous(path: Path) -> Path:
     """Where the checkpoint before the one at `path` is."""
     return path.with_stem(f"{path.stem}-previous")
 
 
-def save(path: Path, state: dict[str, Any]) -> None:
-    """Save a checkpoint, tensors and plain containers only, and keep the one before it."""
-    write_atomically(path, lambda file: torch.save(state, file), keep=previous(path))
+def save(path: Path, state: dict[str, Any], run_id: str) -> None:
+    """Save a checkpoint, tensors and plain containers only, and keep the one before it.
+
+    `run_id`: of the configuration it belongs to. The file is torch.save's with its SHA-256 at the end.
+    """
+    content = {"schema": SCHEMA, "id": run_id, **state}
+
+    def write(file: IO[bytes]) -> None:
+        hashed = _Hashed(file)
+        torch.save(content, hashed)  # type: ignore[arg-type]  # it writes and flushes, no more
+        file.write(hashed.digest())  # which torch.load does not mind
+
+    write_atomically(path, write, keep=previous(path))
 
 
-def load(path: Path) -> dict[str, Any] | None:
+class _Hashed:
+    """A file for writing that knows the SHA-256 of what was written."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file, self._hash = file, hashlib.sha256()
+
+    def write(self, data: Any) -> int:
+        self._hash.update(data)
+        return self.file.write(data)
+
+    def flush(self) -> None:
+        self.file.flush()
+
+    def digest(self) -> bytes:
+        return self._hash.digest()
+
+
+def load(path: Path, run_id: str) -> dict[str, Any] | None:
     """The checkpoint on the CPU, or None where there is none. Executes no pickled code.
 
     Where it is damaged, or a crash came between two renamings, the one before it, with a warning.
 
     Raises:
-        ValueError: where neither can be read.
+        ValueError: where neither can be read, and where it is another configuration's or of another schema.
     """
     reasons = []
     for candidate in (path, previous(path)):
@@ -62,6 +158,16 @@ def load(path: Path) -> dict[str, Any] | None:
             continue
         if candidate != path:
             log.warning("%s: going on from the checkpoint before it", *reasons or [f"{path} is missing"])
+        if (schema := state.get("schema")) != SCHEMA:
+            raise ValueError(
+                f"{candidate} is of schema {schema}, and this version reads {SCHEMA}: go on with the version "
+                "that wrote it, or remove it, and the run starts anew"
+            )
+        if state["id"] != run_id:
+            raise ValueError(
+                f"{candidate} is of a run with another configuration ({state['id']}, not {run_id}): remove "
+                "it, and the run starts anew"
+            )
         return state
     if reasons:
         raise ValueError(f"{' and '.join(reasons)}: remove it, and the run starts anew")
@@ -69,8 +175,16 @@ def load(path: Path) -> dict[str, Any] | None:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    # torch.save writes a zip file with a CRC-32 of each part, which torch.load does not look at.
-    with zipfile.ZipFile(path) as archive:
-        if damaged := archive.testzip():
-            raise ValueError(f"the checksum of {damaged} differs")
-    return torch.load(path, map_location="cpu", weights_only=True)
+    # Before torch.load, which looks at no checksum and can be led astray by a damaged file.
+    with path.open("rb") as file:
+        left, digest = path.stat().st_size - _DIGEST_BYTES, hashlib.sha256()
+        while left > 0:
+            chunk = file.read(min(left, 2**20))
+            left -= len(chunk)
+            digest.update(chunk)
+        if left < 0 or file.read() != digest.digest():
+            raise ValueError("its checksum differs")
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(state, dict):
+        raise ValueError("it holds no run")
+    return state

@@ -4,6 +4,7 @@ import logging
 import multiprocessing
 import os
 import shlex
+import signal
 import sys
 import threading
 import time
@@ -12,6 +13,7 @@ from functools import cache, wraps
 from pathlib import Path
 from typing import Any
 
+import torch
 from hydra.conf import HydraConf
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, InstantiationException, MissingConfigException
@@ -19,6 +21,8 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue
 
+from rst import distributed
+from rst.checkpoint import Every
 from rst.record import Run
 
 log = logging.getLogger(__name__)
@@ -30,10 +34,19 @@ FIXED_P = {"sgd": 0.0, "sam": 1.0, "asam": 1.0, "gnp": 1.0}
 
 def check(config: dict[str, Any], choices: dict[str, str]) -> None:
     """Refuse what the parts themselves would not, or only after minutes of loading data."""
-    for key, least in {"seed": 0, "epochs": 1, "batch_size": 1, "threads": 1, "warmup_epochs": 0}.items():
+    whole_numbers = {
+        "seed": 0,
+        "epochs": 1,
+        "batch_size": 1,
+        "grad_accumulation": 1,
+        "threads": 1,
+        "warmup_epochs": 0,
+    }
+    for key, least in whole_numbers.items():
         value = 1 if key == "threads" and config[key] is None else config[key]
         if type(value) is not int or value < least:
             raise ValueError(f"{key} must be a whole number of at least {least}, got {value!r}")
+    Every(**config["checkpoint"])
     if choices["protocol"] == "paper":
         if choices["recipe"] == "none":
             raise ValueError(
@@ -94,6 +107,10 @@ def describe(cfg: DictConfig, hydra_cfg: HydraConf) -> Run:
     chosen = hydra_cfg.runtime.choices.items()
     choices = {str(group): str(name) for group, name in chosen if not str(group).startswith("hydra/")}
     command = shlex.join(["python", "train.py", *hydra_cfg.overrides.task])
+    if distributed.is_launched() and hydra_cfg.mode is RunMode.MULTIRUN:
+        raise ValueError(
+            "torchrun is for one run on several devices: leave -m out, or start python train.py -m"
+        )
     config: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     check(config, choices)
     return Run(Path(config["outputs"]), config, choices, command)
@@ -110,10 +127,12 @@ def task(function: Callable[[DictConfig], object]) -> Callable[[DictConfig], Non
     def wrapped(cfg: DictConfig) -> None:
         if multiprocessing.current_process().name != "MainProcess":
             _end_with_parent()
+        if not distributed.is_first():
+            logging.disable(logging.WARNING)
         try:
             function(cfg)
         except Exception as error:
-            error = _origin(error)  # a cause would be lost on the way back from another process
+            error = _explained(_origin(error), cfg)  # a cause would be lost on the way from another process
             if HydraConfig.get().mode is RunMode.MULTIRUN:
                 log.error("error in %s: %s", " ".join(HydraConfig.get().overrides.task), one_line(error))
                 raise error from None
@@ -125,12 +144,14 @@ def task(function: Callable[[DictConfig], object]) -> Callable[[DictConfig], Non
 @cache
 def _end_with_parent(poll: float = 1.0) -> None:
     """End this process, one of a launcher's, when the one that started it is gone: joblib's would hold their
-    memory for ever after a driver that was killed. The run resumes from its checkpoint."""
+    memory for ever after a driver that was killed. A run has half a minute to end its step and save."""
     parent = os.getppid()
 
     def watch() -> None:
         while os.getppid() == parent:
             time.sleep(poll)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(30)
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
@@ -150,13 +171,27 @@ def launch(main: Callable[[], None]) -> None:
     except Exception as error:
         if full_traceback:
             raise
-        sys.exit(f"error: {one_line(error)}")
+        rank = "" if distributed.is_first() else f"rank {os.environ['RANK']}: "
+        sys.exit(f"error: {rank}{one_line(error)}")
 
 
 def _origin(error: Exception) -> Exception:
     """What a node of the configuration raised, without Hydra's wrapping."""
     wrapped = isinstance(error, InstantiationException) and isinstance(error.__cause__, Exception)
     return error.__cause__ if wrapped else error  # type: ignore[return-value]
+
+
+def _explained(error: Exception, cfg: DictConfig) -> Exception:
+    """What a user can do about a failure that only names what the machine did."""
+    text = str(error)
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in text:
+        return MemoryError(
+            f"out of memory with batch_size={cfg.batch_size} and model={cfg.model.name}: try "
+            f"grad_accumulation={2 * cfg.grad_accumulation}, a smaller batch_size or precision=bf16 ({text})"
+        )
+    if isinstance(error, FloatingPointError):
+        return FloatingPointError(f"method={HydraConfig.get().runtime.choices['method']}: {text}")
+    return error
 
 
 def one_line(error: Exception) -> str:
@@ -169,5 +204,5 @@ def one_line(error: Exception) -> str:
     error = _origin(error)
     message = " ".join(str(error).split())
     # Ours and Hydra's messages speak for themselves; what nobody foresaw needs its type.
-    known = isinstance(error, ValueError | OSError | FloatingPointError | HydraException)
+    known = isinstance(error, ValueError | OSError | FloatingPointError | MemoryError | HydraException)
     return message if known else f"{type(error).__name__}: {message}"

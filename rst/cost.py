@@ -97,9 +97,14 @@ def cost_of(config: Mapping[str, Any], known: "Measurements") -> Cost:
     steps = config["epochs"] * epoch_steps
     propagations = expected_propagations(schedule_of(config, epoch_steps), steps) if steps else 0.0
     flops, parameters = known.model(config["model"], size)
-    # Two checkpoints of float32 weights and the optimizer's one or two buffers of their size.
+    disk_bytes = 2 * checkpoint_bytes(parameters, config)  # the last one and the one before it
+    return Cost(steps, propagations, config["batch_size"], flops, disk_bytes)
+
+
+def checkpoint_bytes(parameters: int, config: Mapping[str, Any]) -> int:
+    """Of float32 weights and the optimizer's one or two buffers of their size."""
     buffers = 2 if "Adam" in config["optimizer"]["_target_"] else 1
-    return Cost(steps, propagations, config["batch_size"], flops, 2 * 4 * parameters * (1 + buffers))
+    return 4 * parameters * (1 + buffers)
 
 
 def costs_of(runs: Iterable[Run], known: "Measurements") -> list[Cost]:

@@ -11,6 +11,8 @@ from pathlib import Path
 import torch
 from filelock import FileLock, Timeout
 
+from rst import distributed
+
 log = logging.getLogger(__name__)
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}  # autocast to, or none
@@ -38,8 +40,12 @@ def lease(name: str, wait: bool) -> Iterator[torch.device]:
     """`pick_device`, where "auto" and "cuda" mean a GPU that no other run of this user has leased.
 
     So n jobs of a sweep fill n GPUs, and further ones wait their turn. With `wait` false, a run started by
-    hand, it takes the first GPU where all are leased. "cuda:1" is that one, leased or not.
+    hand, it takes the first GPU where all are leased. "cuda:1" is that one, leased or not. Under torchrun it
+    is the rank's own, not leased.
     """
+    if distributed.is_launched():
+        yield pick_device(distributed.device_of_rank(name))
+        return
     if name not in ("auto", "cuda") or not torch.cuda.is_available():
         yield pick_device(name)
         return

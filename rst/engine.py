@@ -2,16 +2,20 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from rst.data import Augment, ImageData, steps_per_epoch, test_batches, train_batches
+from rst import distributed
+from rst.data import Augment, ImageData, evaluation_batches, steps_per_epoch, train_batches
 from rst.device import PRECISIONS
 from rst.draws import draw
+from rst.guard import ADVICE, Guard
 from rst.optim import RST
 
 
@@ -36,17 +40,24 @@ class _L2(torch.autograd.Function):
 class Training:
     """One run's model, optimizer and data, and the epochs over them.
 
+    With several ranks (`rst.distributed`) each has its share of every batch, and of the test images.
+
     Args:
-        model: on its device.
+        model: on its device; under several ranks a DistributedDataParallel.
         optimizer: an `RST` over the model's parameters.
         lr_factor: progress in [0, 1] → factor on the learning rate, per step.
         data: on the same device.
+        batch_size: images a step, of all ranks together.
         l2: coefficient of ½·l2·‖θ‖² in the loss, over all parameters.
         clip_norm: global norm that the final gradient is clipped to, or None.
         precision: "fp32", "bf16" or "fp16" (autocast; fp16 with loss scaling).
+        grad_accumulation: the parts that a batch is propagated in, one after the other, which takes less
+            memory. BatchNorm then normalises by the part.
 
     Attributes:
         metrics: one dict an epoch so far; with the state in `state_dict`, all there is to resume.
+        guard: knows of what is not finite, and, as `guard.stopping`, whether to end here: it is True on all
+            ranks after the same step.
     """
 
     def __init__(
@@ -63,6 +74,7 @@ class Training:
         l2: float = 0.0,
         clip_norm: float | None = None,
         precision: str = "fp32",
+        grad_accumulation: int = 1,
     ) -> None:
         if precision not in PRECISIONS:
             raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
@@ -74,9 +86,21 @@ class Training:
             raise ValueError(f"l2 must be at least 0, got {l2}")
         if clip_norm is not None and clip_norm <= 0:
             raise ValueError(f"clip_norm must be above 0, or null for no clipping, got {clip_norm}")
+        self.rank, self.ranks = distributed.rank(), distributed.ranks()
+        if self.ranks > 1 and batch_size % (2 * self.ranks):
+            raise ValueError(
+                f"batch_size={batch_size} must be divisible by {2 * self.ranks}, twice the number of ranks"
+            )
+        if grad_accumulation < 1 or batch_size // self.ranks % grad_accumulation:
+            raise ValueError(
+                f"grad_accumulation must divide the {batch_size // self.ranks} images of a batch that a rank "
+                f"has, got {grad_accumulation}"
+            )
         self.model, self.optimizer, self.data, self.augment = model, optimizer, data, augment
+        self.network: Any = model.module if self.ranks > 1 else model
         self.epochs, self.batch_size, self.seed = epochs, batch_size, seed
         self.l2, self.clip_norm, self.dtype = l2, clip_norm, PRECISIONS[precision]
+        self.grad_accumulation = grad_accumulation
         self.device = data.train_images.device
         self.steps_per_epoch = steps_per_epoch(data, batch_size)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
@@ -84,122 +108,191 @@ class Training:
         self.initial_lrs = [group["lr"] for group in optimizer.param_groups]
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
         self.metrics: list[dict[str, Any]] = []
+        self.guard = Guard(self.device, self.scaler.is_enabled(), self.steps_per_epoch)
+        self._begin_epoch()
         _, channels, height, width = data.train_images.shape
         augment.check(channels, height, width, batch_size, not isinstance(data.train_images, Tensor))
 
-    def run(self, on_step: Callable[[], object] = lambda: None) -> Iterator[dict[str, Any]]:
-        """Train the epochs that are left, yielding each one's metrics (times in seconds, loss in nats).
+    def _begin_epoch(self) -> None:
+        self._done = 0  # steps of the epoch
+        # Sums of loss and of right answers stay on the device: reading them at every step would stall a GPU.
+        self._sums = torch.zeros(2, dtype=self._figures_dtype, device=self.device)
+        self._seconds_train = self._seconds_data = 0.0
+
+    @property
+    def _figures_dtype(self) -> torch.dtype:
+        return torch.float32 if self.device.type == "mps" else torch.float64
+
+    def run(self, stop: Callable[[], bool] = lambda: False) -> Iterator[dict[str, Any] | None]:
+        """Train what is left. Yields None after each step and each batch of an evaluation, after each epoch
+        its metrics (times in seconds, loss in nats); at each of these points the run can be saved and left.
+
+        `stop` is asked at the same points; when it says yes, on any rank, `guard.stopping` becomes True.
 
         Raises:
-            FloatingPointError: after an epoch with a loss that is not finite, naming the step.
+            FloatingPointError: for a loss, gradient norm or weight that is not finite, before the optimizer's
+                step; on a GPU, which would have to wait for it, before the step after that.
         """
-        advice = "the checkpoint of the epoch before is kept: try a smaller optimizer.lr or method.rho"
-        for epoch in range(len(self.metrics), self.epochs):
-            metrics = {
-                "epoch": epoch + 1,
-                **self._train_epoch(epoch, on_step),
-                **self._evaluate(),
-            }
-            if (bad_step := metrics.pop("first_bad_step")) >= 0:
-                raise FloatingPointError(
-                    f"the loss is not finite at step {bad_step} (epoch {epoch + 1}); {advice}"
-                )
+        while len(self.metrics) < self.epochs:
+            yield from self._train_epoch(stop)
+            self._settle()
+            train = self._train_metrics()
+            test = yield from self._evaluate(stop)
+            metrics = {"epoch": len(self.metrics) + 1, **train, **test}
             if not math.isfinite(metrics["test_loss"]):
-                raise FloatingPointError(f"the test loss is not finite after epoch {epoch + 1}; {advice}")
+                raise FloatingPointError(
+                    f"the test loss is not finite after epoch {metrics['epoch']}; {ADVICE}"
+                )
             self.metrics.append(metrics)
+            self._begin_epoch()
             yield metrics
 
-    def _train_epoch(self, epoch: int, on_step: Callable[[], object]) -> dict[str, Any]:
+    def _train_epoch(self, stop: Callable[[], bool]) -> Iterator[None]:
         self.model.train()
-        # Sums stay on the device: reading them at every step would stall a GPU.
-        loss_sum = torch.zeros((), device=self.device)
-        n_correct = torch.zeros((), device=self.device, dtype=torch.int64)
-        first_bad = torch.full((), -1, device=self.device, dtype=torch.int64)
-        batches = train_batches(self.data, self.batch_size, self.augment, self.seed, epoch)
-        started, waited = time.perf_counter(), 0.0
-        for index in range(self.steps_per_epoch):
+        epoch = len(self.metrics)
+        batches = train_batches(
+            self.data, self.batch_size, self.augment, self.seed, epoch, self._done, self.rank, self.ranks
+        )
+        while self._done < self.steps_per_epoch:
             asked = time.perf_counter()
             images, labels = next(batches)
-            waited += time.perf_counter() - asked
-            step = epoch * self.steps_per_epoch + index
-            loss, logits = self._step(images, labels, step)
-            loss_sum += loss
-            # Of mixed labels, the image's own: it has at least half of the weight.
-            own = labels if labels.ndim == 1 else labels.argmax(1)
-            n_correct += (logits.argmax(1) == own).sum()
-            first_bad = torch.where((first_bad < 0) & ~loss.isfinite(), step, first_bad)
-            on_step()
-        bad_step = int(first_bad)  # waits for the device, so the time is the epoch's
-        elapsed = time.perf_counter() - started
+            begun = time.perf_counter()
+            self._step(images, labels, epoch * self.steps_per_epoch + self._done, stop)
+            self._done += 1
+            self._seconds_data += begun - asked
+            self._seconds_train += time.perf_counter() - begun
+            yield
+
+    def _settle(self) -> None:
+        begun = time.perf_counter()
+        self.guard.settle()
+        self._seconds_train += time.perf_counter() - begun
+
+    def _train_metrics(self) -> dict[str, Any]:
+        loss_sum, n_correct = self._sums.tolist()
         n_images = self.steps_per_epoch * self.batch_size
         return {
-            "first_bad_step": bad_step,
             "lr": self.optimizer.param_groups[0]["lr"],  # of the last step
             "steps": self.optimizer.steps,
             "sam_steps": self.optimizer.sam_steps,
             "propagations": self.optimizer.propagations,
-            "train_loss": float(loss_sum) / self.steps_per_epoch,
-            "train_accuracy": int(n_correct) / n_images,
+            "skipped_steps": self.guard.skipped,
+            "train_loss": loss_sum / (self.steps_per_epoch * self.ranks),
+            "train_accuracy": n_correct / n_images,
             "images": n_images,
-            "seconds_train": elapsed - waited,
-            "seconds_data": waited,
+            "seconds_train": self._seconds_train,
+            "seconds_data": self._seconds_data,
         }
 
-    def _step(self, images: Tensor, labels: Tensor, step: int) -> tuple[Tensor, Tensor]:
-        """One step; returns loss and logits of the clean pass."""
-        passes = []
+    def _step(self, images: Tensor, labels: Tensor, step: int, stop: Callable[[], bool]) -> None:
+        passes: list[tuple[Tensor, Tensor]] = []  # loss and logits of each part of the batch
+        parts = list(
+            zip(images.chunk(self.grad_accumulation), labels.chunk(self.grad_accumulation), strict=True)
+        )
 
-        def closure() -> Tensor:
-            with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
-                logits = self.model(images)
-                loss = F.cross_entropy(logits, labels)
-            passes.append((loss.detach(), logits.detach()))
-            if self.l2:
-                loss = loss + _L2.apply(self.l2, *self.parameters)
-            self.scaler.scale(loss).backward()
-            return passes[0][0]
+        def closure() -> None:
+            for i, (x, y) in enumerate(parts):
+                is_last = i == len(parts) - 1
+                with self._local_unless(is_last):
+                    with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
+                        logits = self.model(x)
+                        loss = F.cross_entropy(logits, y) / len(parts)
+                    passes.append((loss.detach(), logits.detach()))
+                    if self.l2 and is_last:
+                        loss = loss + _L2.apply(self.l2, *self.parameters)
+                    self.scaler.scale(loss).backward()
 
         factor = self.lr_factor(step / (self.epochs * self.steps_per_epoch))
         for group, initial_lr in zip(self.optimizer.param_groups, self.initial_lrs, strict=True):
             group["lr"] = initial_lr * factor
-        torch.manual_seed(draw(self.seed, "model", step))  # dropout and the like
+        # Dropout and the like; a stream of its own for each rank.
+        torch.manual_seed(draw(self.seed, "model", self.rank * self.optimizer.total_steps + step))
         self.optimizer.gradient(closure)
         self.scaler.unscale_(self.optimizer)
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        gradient_norm = get_total_norm(gradients)
         if self.clip_norm is not None:
-            nn.utils.clip_grad_norm_(self.parameters, self.clip_norm)
+            clip_grads_with_norm_(self.parameters, self.clip_norm, gradient_norm)
+        clean = passes[: len(parts)]
+        loss = torch.stack([loss for loss, _ in clean]).sum()
+        # Of mixed labels, the image's own: it has at least half of the weight.
+        own = labels if labels.ndim == 1 else labels.argmax(1)
+        n_correct = (torch.cat([logits for _, logits in clean]).argmax(1) == own).sum()
+        with torch.no_grad():
+            weight_norm = get_total_norm(self.parameters)
+        stop_here = torch.full((), float(stop()), device=self.device)  # a kernel, not a copy that waits
+        figures = [loss, n_correct, gradient_norm, weight_norm, stop_here]
+        summed = distributed.sum_over_ranks(torch.stack([f.to(self._figures_dtype) for f in figures]))
+        self._sums += summed[:2]
+        self.guard.look_at(summed, step)
+        scale = self.scaler.get_scale()
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        return passes[0]
+        self.guard.count(self.scaler.get_scale() < scale, step)  # an overflow lowers it
 
-    @torch.inference_mode()
-    def _evaluate(self) -> dict[str, Any]:
-        self.model.eval()
-        started = time.perf_counter()
-        loss_sum = torch.zeros((), device=self.device)
-        n_correct = torch.zeros((), device=self.device, dtype=torch.int64)
-        for images, labels in test_batches(self.data, self.batch_size):
-            with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
-                logits = self.model(images)
-                loss_sum += F.cross_entropy(logits, labels, reduction="sum")
-            n_correct += (logits.argmax(1) == labels).sum()
-        n_images = len(self.data.test_labels)
+    def _local_unless(self, is_last: bool) -> AbstractContextManager[Any]:
+        """Of several backward passes, only the last one's gradients go to the other ranks."""
+        return self.model.no_sync() if self.ranks > 1 and not is_last else nullcontext()  # type: ignore[operator]
+
+    def _evaluate(self, stop: Callable[[], bool]) -> Generator[None, None, dict[str, Any]]:
+        distributed.share_buffers(self.network)
+        self.network.eval()
+        sums = torch.zeros(2, dtype=self._figures_dtype, device=self.device)
+        seconds = 0.0
+        batch_size, n_images = self.batch_size // self.ranks, len(self.data.test_labels)
+        batches = evaluation_batches(self.data, batch_size, self.rank, self.ranks)
+        n_batches = math.ceil(math.ceil(n_images / self.ranks) / batch_size)  # of the rank that has most
+        for _ in range(n_batches):
+            begun = time.perf_counter()
+            if (batch := next(batches, None)) is not None:
+                images, labels = batch
+                with torch.inference_mode():
+                    with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
+                        logits = self.network(images)
+                        loss = F.cross_entropy(logits, labels, reduction="sum")
+                    sums += torch.stack([loss.to(sums), (logits.argmax(1) == labels).sum().to(sums)])
+            self.guard.stopping = distributed.any_rank(stop(), self.device)
+            seconds += time.perf_counter() - begun
+            yield
+        begun = time.perf_counter()
+        loss_sum, n_correct = distributed.sum_over_ranks(sums).tolist()
         return {
-            "test_loss": float(loss_sum) / n_images,
-            "test_accuracy": int(n_correct) / n_images,
-            "seconds_evaluate": time.perf_counter() - started,
+            "test_loss": loss_sum / n_images,
+            "test_accuracy": n_correct / n_images,
+            "seconds_evaluate": seconds + time.perf_counter() - begun,
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything a resumed run needs; what is random needs nothing (see `rst.draws`)."""
+        """Everything a resumed run needs; what is random needs nothing (see `rst.draws`).
+
+        Raises:
+            FloatingPointError: where a weight is not finite.
+        """
+        self._settle()
+        if not math.isfinite(get_total_norm([p.detach() for p in self.parameters])):
+            raise FloatingPointError(
+                f"a weight is not finite after step {self.optimizer.steps - 1}; {ADVICE}"
+            )
         return {
-            "model": self.model.state_dict(),
+            "model": self.network.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
+            "skipped": [self.guard.skipped, self.guard.skipped_in_a_row],
             "metrics": self.metrics,
+            "epoch": {
+                "steps": self._done,
+                "sums": self._sums.tolist(),
+                "seconds": [self._seconds_train, self._seconds_data],
+            },
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.model.load_state_dict(state["model"])
+        self.network.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
+        self.guard.skipped, self.guard.skipped_in_a_row = state["skipped"]
         self.metrics = state["metrics"]
+        epoch = state["epoch"]
+        self._done = epoch["steps"]
+        self._sums = torch.tensor(epoch["sums"], dtype=self._figures_dtype, device=self.device)
+        self._seconds_train, self._seconds_data = epoch["seconds"]

@@ -20,8 +20,8 @@ import torch
 from filelock import FileLock, Timeout
 from omegaconf import OmegaConf
 
-from rst import __version__
-from rst.checkpoint import write_atomically
+from rst import __version__, distributed
+from rst.checkpoint import remove_temporary, write_atomically
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +31,7 @@ _CLEAR_REFS = Path("/proc/self/clear_refs")
 # What cannot change a run's result is no part of its identity. `dataset.root` is where the data lie, not
 # what they are: image_folder's `name` says that. `rho` is what `method.rho` takes its value from.
 NOT_IDENTITY = (
+    "checkpoint",
     "device",
     "outputs",
     "rho",
@@ -111,16 +112,18 @@ class Run:
         return self.folder / "checkpoint.pt"
 
     def result(self, warn: bool = True) -> dict[str, Any] | None:
-        """The result of a completed run, else None: also where `result.json` is damaged or of another schema
-        version, which is left as it is, with a warning."""
+        """The result of a completed run, else None: also where `result.json` is damaged, of another schema
+        version or of another run, which is left as it is, with a warning."""
         path = self.folder / "result.json"
         if not path.exists():
             return None
         try:
             result = json.loads(path.read_text())
-            if result["schema"] == SCHEMA:
+            if result["schema"] == SCHEMA and result["id"] == self.id:
                 return result
             reason = f"is of schema version {result['schema']}, not {SCHEMA}"
+            if result["schema"] == SCHEMA:
+                reason = f"is of a run with another configuration ({result['id']}, not {self.id})"
         except (ValueError, KeyError, TypeError) as error:
             reason = f"is damaged ({error})"
         if warn:
@@ -192,6 +195,7 @@ class Run:
 
     def open(self, metrics: list[dict[str, Any]]) -> None:
         """Begin or go on: write the configuration, and the metrics of the epochs that a checkpoint covers."""
+        remove_temporary(self.folder)
         (self.folder / "failed.json").unlink(missing_ok=True)
         config = OmegaConf.to_yaml(OmegaConf.create(self.config)).encode()
         write_atomically(self.folder / "config.yaml", lambda file: file.write(config))
@@ -229,6 +233,7 @@ def summarize(metrics: list[dict[str, Any]]) -> dict[str, Any]:
         "steps",
         "sam_steps",
         "propagations",
+        "skipped_steps",
         "test_accuracy",
         "test_loss",
         "train_accuracy",
@@ -263,7 +268,18 @@ def provenance(device: torch.device) -> dict[str, Any]:
         "device": device.type,
         "device_name": device_name(device),
         "threads": torch.get_num_threads(),
+        "ranks": str(distributed.ranks()),
     }
+
+
+def combined(made: list[dict[str, Any]]) -> dict[str, Any]:
+    """Of a run's parts, from one interruption to the next: the last one's provenance with all commits and all
+    numbers of ranks, each once, in order."""
+
+    def every(key: str) -> str | None:
+        return "+".join(dict.fromkeys(part[key] for part in made if part[key])) or None
+
+    return {**made[-1], "commit": every("commit"), "ranks": every("ranks")}
 
 
 def reset_peak_memory(device: torch.device) -> None:

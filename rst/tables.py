@@ -20,10 +20,11 @@ from rst.checkpoint import write_atomically
 # The leading columns of runs.csv; the others (choices.*, later additions) are text and follow by name. Types
 # are fixed, not inferred: read as a number, the id 1e234567 would be infinite.
 _COLUMNS = {
-    "string": "id name command finished commit host device device_name "
+    "string": "id name command finished commit host device device_name ranks "
     "versions.python versions.torch versions.cuda versions.rst",
     "boolean": "dirty",
-    "Int64": "schema seed epochs steps sam_steps propagations best_epoch peak_memory_bytes threads",
+    "Int64": "schema seed epochs steps sam_steps propagations skipped_steps best_epoch peak_memory_bytes "
+    "threads",
     "float64": "expected_propagations propagations_std test_accuracy best_test_accuracy test_loss "
     "train_accuracy train_loss seconds.train seconds.evaluate seconds.data seconds.total images_per_second",
 }
@@ -252,7 +253,7 @@ def _by_reason(failed: Mapping[int, str]) -> str:
 def _relative_time(group: pd.DataFrame, baseline: pd.DataFrame) -> float:
     both = pd.concat([group, baseline])
     kind = both["device"].str.split(":").str[0]  # cuda:0 and cuda:1 of one name are equals
-    machines = both[["host", "device_name", "threads"]].assign(kind=kind).drop_duplicates()
+    machines = both[["host", "device_name", "ranks", "threads"]].assign(kind=kind).drop_duplicates()
     if group.empty or baseline.empty or len(machines) > 1 or machines.isna().any(axis=None):
         return np.nan
     return estimate(group["seconds.train"]).mean / estimate(baseline["seconds.train"]).mean
@@ -286,7 +287,7 @@ def _provenance(runs: pd.DataFrame, frame: pd.DataFrame) -> list[str]:
         _spread("Sample", frame[frame["seeds"] != ""], ["test_error_percent.n", "seeds"]),
         _spread("Code", runs, ["commit", "dirty"]),
         _spread("Software", runs, [f"versions.{part}" for part in ("python", "torch", "cuda", "rst")]),
-        _spread("Machine", runs, ["host", "device", "device_name", "threads"]),
+        _spread("Machine", runs, ["host", "device", "device_name", "ranks", "threads"]),
     ]
 
 

@@ -114,7 +114,7 @@ def test_every_option_builds(group, option, tiny_data, tmp_path):
     training = Training(
         model, optimizer, build("lr_schedule"), tiny_data, augment, epochs=1, batch_size=2, seed=0
     )
-    (metrics,) = training.run()
+    (metrics,) = [each for each in training.run() if each]
     assert metrics["steps"] == 4
 
 

@@ -1,11 +1,16 @@
 """The training loop against the recipe written out."""
 
 import copy
+import io
+import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from rst import RST, Constant
 from rst.data import Augment, ImageData, train_batches
@@ -36,6 +41,10 @@ def training(model, method=None, **settings):
     return Training(model, optimizer, cosine, some_data(), Augment(), **arguments)
 
 
+def epochs_of(run):
+    return [metrics for metrics in run.run() if metrics is not None]
+
+
 @pytest.mark.parametrize(
     "method", [None, {"rho": 0.3}, {"rho": 0.3, "gamma": 0.5}], ids=["sgd", "sam", "gnp"]
 )
@@ -45,7 +54,7 @@ def test_the_recipe_written_out(method):
     model = some_model()
     theirs = copy.deepcopy(model)
     run = training(model, method)
-    metrics = list(run.run())
+    metrics = epochs_of(run)
 
     parameters = list(theirs.parameters())
     optimizer = torch.optim.SGD(parameters, lr=0.5, momentum=0.9, nesterov=True)
@@ -96,7 +105,7 @@ def test_mixed_labels_reach_loss_and_accuracy():
     mixing = Augment(mixup=1.0)
     run = training(model, epochs=1, l2=0.0)
     run.augment = mixing
-    (metrics,) = run.run()
+    (metrics,) = epochs_of(run)
     batches = list(train_batches(some_data(), BATCH, mixing, SEED, 0))
     own = [labels for _, labels in train_batches(some_data(), BATCH, Augment(), SEED, 0)]
     optimizer = torch.optim.SGD(theirs.parameters(), lr=0.5, momentum=0.9, nesterov=True)
@@ -118,7 +127,7 @@ def test_mixed_labels_reach_loss_and_accuracy():
 def test_evaluation_covers_the_whole_test_set():
     model = some_model()
     run = training(model, epochs=1)
-    (metrics,) = run.run()
+    (metrics,) = epochs_of(run)
     data = some_data()
     with torch.no_grad():
         logits = model.eval()((data.test_images / 255 - 0.5) / 0.3)
@@ -126,36 +135,207 @@ def test_evaluation_covers_the_whole_test_set():
     assert metrics["test_loss"] == pytest.approx(F.cross_entropy(logits, data.test_labels).item(), rel=1e-5)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_resuming_continues_bit_for_bit(precision, tmp_path):
+def normed_model():
+    """With BatchNorm and dropout."""
+    torch.manual_seed(0)
+    layers = torch.nn.Flatten(), torch.nn.Linear(16, 8), torch.nn.BatchNorm1d(8), torch.nn.Dropout(0.5)
+    return torch.nn.Sequential(*layers, torch.nn.Linear(8, 3))
+
+
+METHODS = {
+    "sgd": None,
+    "sam": {"rho": 0.3},
+    "gnp": {"rho": 0.3, "gamma": 0.5},
+    "asam": {"rho": 0.3, "adaptive": True},
+    "rst": {"rho": 0.3, "schedule": Constant(0.5)},
+    "grst": {"rho": 0.3, "gamma": 2.0, "schedule": Constant(0.5)},
+}
+OPTIMIZERS = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}
+AUGMENTS = {
+    "none": Augment(),
+    "all": Augment(flip=True, crop_padding=1, cutout=2, mixup=1.0),
+    "per_batch": Augment(cutout=2, mixup=1.0, per_batch=True),
+}
+
+
+def assert_equal_state(some, other):
+    """Bit for bit, in everything but times."""
+    assert type(some) is type(other)
+    if isinstance(some, dict):
+        assert some.keys() == other.keys()
+        for key in some:
+            if not str(key).startswith("seconds"):
+                assert_equal_state(some[key], other[key])
+    elif isinstance(some, list | tuple):
+        assert len(some) == len(other)
+        for a, b in zip(some, other, strict=True):
+            assert_equal_state(a, b)
+    elif isinstance(some, torch.Tensor):
+        assert torch.equal(some, other)
+    else:
+        assert some == other
+
+
+@settings(max_examples=40)
+@given(
+    method=st.sampled_from(sorted(METHODS)),
+    optimizer=st.sampled_from(sorted(OPTIMIZERS)),
+    augment=st.sampled_from(sorted(AUGMENTS)),
+    precision=st.sampled_from(["fp32", "bf16", "fp16"]),
+    grad_accumulation=st.sampled_from([1, 2]),
+    seed=st.integers(0, 2**40),
+    sessions=st.lists(st.integers(1, 7), min_size=1, max_size=3),
+)
+def test_resuming_anywhere_continues_bit_for_bit(
+    method, optimizer, augment, precision, grad_accumulation, seed, sessions
+):
+    """A run that is left at any of its points, in a step's or an evaluation's wake or at an epoch's end."""
+
     def start():
-        torch.manual_seed(0)
-        layers = torch.nn.Flatten(), torch.nn.Linear(16, 8), torch.nn.BatchNorm1d(8), torch.nn.Dropout(0.5)
-        model = torch.nn.Sequential(*layers, torch.nn.Linear(8, 3))
-        return training(model, {"rho": 0.3, "gamma": 0.5}, precision=precision)
+        model = normed_model()
+        base = OPTIMIZERS[optimizer](model.parameters(), lr=0.05)
+        rule = {"schedule": Constant(float(METHODS[method] is not None))} | (METHODS[method] or {})
+        wrapped = RST(base, rule.pop("schedule"), 100, module=model, seed=seed, **rule)
+        options = {"precision": precision, "grad_accumulation": grad_accumulation, "l2": L2}
+        arguments = {"epochs": 3, "batch_size": BATCH, "seed": seed, "clip_norm": CLIP} | options
+        return Training(model, wrapped, cosine, some_data(), AUGMENTS[augment], **arguments)
 
     whole = start()
-    list(whole.run())
-    first = start()
-    epochs = first.run()
-    next(epochs)
-    torch.save(first.state_dict(), tmp_path / "state.pt")
-    second = start()
-    torch.manual_seed(99)  # the global generator is of no account
-    second.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
-    assert [metrics["epoch"] for metrics in second.run()] == [2, 3]
-    for a, b in zip(whole.model.state_dict().values(), second.model.state_dict().values(), strict=True):
-        assert torch.equal(a, b)
-    assert second.optimizer.propagations == 12
+    assert len(list(whole.run())) == 3 * (2 + 2 + 1)  # 2 batches, 2 of the test set, an epoch's end
+    run = start()
+    for points in sessions:
+        for _ in itertools.islice(run.run(), points):
+            pass
+        file = io.BytesIO()
+        torch.save(run.state_dict(), file)
+        file.seek(0)
+        run = start()
+        torch.manual_seed(99)  # the global generator is of no account
+        run.load_state_dict(torch.load(file, weights_only=True))
+    list(run.run())
+    assert_equal_state(run.state_dict(), whole.state_dict())
+    assert [metrics["epoch"] for metrics in run.metrics] == [1, 2, 3]
 
 
-def test_a_loss_that_is_not_finite_names_its_step():
+class Poisoned(torch.nn.Module):
+    """The model with something not finite in its loss, its gradient or a weight, from its nth call on."""
+
+    def __init__(self, model, where, call):
+        super().__init__()
+        self.model, self.where, self.left = model, where, call
+
+    def forward(self, x):
+        self.left -= self.training
+        logits = self.model(x)
+        if self.left > 0 or not self.training:
+            return logits
+        if self.where == "weight":  # one that the loss does not depend on
+            with torch.no_grad():
+                self.model[1].weight[0, 0] = math.inf
+            return logits.detach() * 0 + self.model[3].bias
+        if self.where == "gradient":
+            logits.register_hook(lambda gradient: gradient * math.nan)
+            return logits
+        return logits * math.nan
+
+
+@pytest.mark.parametrize(
+    ("where", "method", "call", "cause"),
+    [
+        ("loss", None, 4, "loss is nan"),
+        ("loss", {"rho": 0.3}, 5, "loss is nan"),
+        ("loss", {"rho": 0.3}, 4, "gradient norm is nan"),  # in the perturbed pass
+        ("gradient", None, 4, "gradient norm is nan"),
+        ("gradient", {"rho": 0.3}, 5, "gradient norm is nan"),
+        ("gradient", {"rho": 0.3, "gamma": 0.5}, 6, "gradient norm is nan"),
+        ("weight", None, 4, "norm of the weights is inf"),
+        ("weight", {"rho": 0.3}, 5, "norm of the weights is inf"),
+    ],
+)
+def test_what_is_not_finite_stops_before_the_update(where, method, call, cause):
+    model = some_model()
+    run = training(Poisoned(model, where, call), method, l2=0.0)
+    weights, step = None, 0
+    points = run.run()
+    with pytest.raises(FloatingPointError) as stopped:  # noqa: PT012
+        while True:
+            next(points)
+            weights = [p.detach().clone() for p in model.parameters()]
+            step = run.optimizer.steps
+    assert step == (call - 1) // (1 if method is None else 2)
+    assert str(stopped.value).startswith(
+        f"the {cause} at step {step} (epoch {1 + step // 2}, batch {step % 2}); the last checkpoint is kept"
+    )
+    if where == "weight":
+        weights[0][0, 0] = math.inf
+    for p, before in zip(model.parameters(), weights, strict=True):
+        assert torch.equal(p, before)
+
+
+def test_not_a_number_among_the_pixels():
+    """The images are integers; their statistics need not be."""
     run = training(some_model())
-    with torch.no_grad():
-        run.model[1].bias.fill_(math.nan)
-    with pytest.raises(FloatingPointError, match=r"not finite at step 0 \(epoch 1\)"):
+    run.data = replace(run.data, std=(math.nan,))
+    with pytest.raises(FloatingPointError, match=r"the loss is nan at step 0 \(epoch 1, batch 0\); the last"):
         next(run.run())
-    assert run.metrics == []
+    assert run.optimizer.base.state == {} and run.metrics == []
+
+
+def test_an_update_that_overflows_is_never_saved():
+    run = training(some_model(), clip_norm=None)
+    points = run.run()
+    next(points)
+    assert run.state_dict()["epoch"]["steps"] == 1
+    with torch.no_grad():
+        run.model[1].bias[0] = math.inf
+    with pytest.raises(FloatingPointError, match="a weight is not finite after step 0"):
+        run.state_dict()
+
+
+def test_overflows_under_fp16_skip_steps_and_only_a_run_of_them_stops():
+    def start(overflows):
+        model = some_model()
+        run = training(model, {"rho": 0.3}, precision="fp16", epochs=20)
+        unscale = run.scaler.unscale_
+
+        def overflowing(optimizer):
+            if run.optimizer.steps in overflows:
+                model[1].weight.grad[0, 0] = math.inf
+            unscale(optimizer)
+
+        run.scaler.unscale_ = overflowing
+        return run, model
+
+    run, model = start({2, 3, 7})
+    before = [p.detach().clone() for p in model.parameters()]
+    for _ in run.run():
+        same = all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+        before = [p.detach().clone() for p in model.parameters()]
+        if run.optimizer.steps in (2, 3, 7):
+            assert same
+    assert [metrics["skipped_steps"] for metrics in run.metrics][:5] == [1, 2, 2, 3, 3]
+    assert run.metrics[-1]["skipped_steps"] == 3 and run.optimizer.steps == 40
+    assert run.scaler.get_scale() == 2.0**13
+
+    run, _ = start(set(range(5, 100)))
+    with pytest.raises(FloatingPointError, match=r"20 steps up to step 23 \(epoch 12, batch 1\) overflowed"):
+        list(run.run())
+    assert run.optimizer.steps == 24
+
+
+def test_grad_accumulation_changes_nothing_but_the_rounding():
+    def trained(grad_accumulation):
+        run = training(some_model(), {"rho": 0.3, "gamma": 0.5}, grad_accumulation=grad_accumulation)
+        run.augment = Augment(mixup=1.0)
+        list(run.run())
+        return run
+
+    whole, parts = trained(1), trained(4)
+    for a, b in zip(whole.model.parameters(), parts.model.parameters(), strict=True):
+        assert torch.allclose(a, b, rtol=1e-4, atol=1e-5)
+    for a, b in zip(whole.metrics, parts.metrics, strict=True):
+        assert a["train_loss"] == pytest.approx(b["train_loss"], rel=1e-4)
+        assert a["train_accuracy"] == b["train_accuracy"] and a["propagations"] == b["propagations"]
 
 
 def test_refuses_settings_that_cannot_be():
@@ -167,6 +347,8 @@ def test_refuses_settings_that_cannot_be():
         training(some_model(), l2=-1.0)
     with pytest.raises(ValueError, match="clip_norm must be above 0"):
         training(some_model(), clip_norm=0.0)
+    with pytest.raises(ValueError, match="grad_accumulation must divide the 4 images"):
+        training(some_model(), grad_accumulation=3)
 
 
 def test_learning_rate_factors():

@@ -154,7 +154,7 @@ def test_summary_takes_the_last_epoch_and_names_the_best():
     def row(epoch, accuracy):
         return {
             "epoch": epoch, "steps": 10 * epoch, "sam_steps": epoch, "propagations": 11 * epoch,
-            "images": 100,
+            "images": 100, "skipped_steps": 0,
             "test_accuracy": accuracy, "test_loss": 1.0, "train_accuracy": 0.9, "train_loss": 0.1 * epoch,
             "seconds_train": 3.0, "seconds_evaluate": 1.0, "seconds_data": 1.0,
         }  # fmt: skip

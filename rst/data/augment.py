@@ -32,6 +32,7 @@ DRAWS = (
     "resized_crop",
     *[f"autoaugment{i}" for i in range(5)],
 )
+SHARED = [DRAWS.index(name) for name in ("cutout_y", "cutout_x", "mixup")]  # by a batch, with per_batch
 
 
 def draw_augmentation(seed: int, epoch: int, n_images: int) -> torch.Tensor:
@@ -100,6 +101,14 @@ class Augment:
                 "choose another augment, or dataset=image_folder with dataset.in_memory=false"
             )
 
+    def draws_of(self, bits: torch.Tensor, batch: torch.Tensor) -> torch.Tensor:
+        """The columns of `draw_augmentation` for a batch of image indices; with `per_batch`, those of its
+        first image where a batch shares them."""
+        own = bits[:, batch]
+        if self.per_batch:
+            own[SHARED] = own[SHARED, :1]
+        return own
+
     def __call__(
         self,
         images: torch.Tensor,
@@ -108,7 +117,7 @@ class Augment:
         bits: torch.Tensor,
     ) -> torch.Tensor:
         """uint8 [B, C, H, W] to float32 [B, C, H, W], contiguous, on the same device; `bits` [draws, B] are
-        the images' columns of `draw_augmentation`."""
+        the images' columns of `draw_augmentation`, see `draws_of`."""
         if self.autoaugment:
             policy = self.autoaugment
             if policy == "auto":
@@ -120,8 +129,6 @@ class Augment:
             images = self._flip_and_crop(images, flip % 2 == 0, top, left)
         batch = normalize(images, mean, std)
         if self.cutout:
-            if self.per_batch:
-                cutout_y, cutout_x = cutout_y[:1], cutout_x[:1]
             height, width = images.shape[-2:]
             rows, columns = self._cut(cutout_y % height, height), self._cut(cutout_x % width, width)
             batch *= 1 - rows[:, None, :, None] * columns[:, None, None, :]
@@ -138,8 +145,7 @@ class Augment:
         uniform = bits[DRAWS.index("mixup")].double() / 2**62
         weight = torch.from_numpy(betaincinv(self.mixup, self.mixup, uniform.numpy()))
         weight = torch.maximum(weight, 1 - weight)
-        weight = (weight[:1].expand(len(labels)) if self.per_batch else weight).float()
-        weight = weight.to(batch.device, non_blocking=True)
+        weight = weight.float().to(batch.device, non_blocking=True)
         partners = batch.flip(0)
         targets = torch.zeros(len(labels), n_classes, device=batch.device)
         targets.scatter_(1, labels[:, None], weight[:, None])

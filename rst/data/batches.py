@@ -20,9 +20,17 @@ def steps_per_epoch(data: ImageData, batch_size: int) -> int:
 
 
 def train_batches(
-    data: ImageData, batch_size: int, augment: Augment, seed: int, epoch: int, start: int = 0
+    data: ImageData,
+    batch_size: int,
+    augment: Augment,
+    seed: int,
+    epoch: int,
+    start: int = 0,
+    rank: int = 0,
+    ranks: int = 1,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """One epoch of (images, labels) from batch `start` on, on the data's device.
+    """One epoch of (images, labels) from batch `start` on, on the data's device; of `ranks` processes, the
+    share of one in each batch of `batch_size` images.
 
     Images are float32 [B, C, H, W]; labels int64 [B], or with mixup probabilities, float32 [B, classes].
     The order is drawn by (seed, epoch), an image's augmentation by (seed, epoch, image). The images left
@@ -34,25 +42,43 @@ def train_batches(
     order = torch.randperm(n, generator=draws.generator(seed, "order", epoch))
     bits = draw_augmentation(seed, epoch, n)
     mean, std = torch.tensor(data.mean, device=device), torch.tensor(data.std, device=device)
+    share = _share(batch_size, rank, ranks)
     batches = [order[i * batch_size : (i + 1) * batch_size] for i in range(start, steps)]
+    shares = [batch[share] for batch in batches]
     crops = bits[DRAWS.index("resized_crop")] if augment.random_resized_crop else None
-    for chosen, images in zip(batches, _take(data.train_images, batches, crops), strict=True):
-        own_bits = bits[:, chosen]
-        batch = augment(images, mean, std, own_bits)
+    for batch, chosen, images in zip(batches, shares, _take(data.train_images, shares, crops), strict=True):
+        own_bits = augment.draws_of(bits, batch)[:, share]
+        augmented = augment(images, mean, std, own_bits)
         labels = data.train_labels[chosen.to(device, non_blocking=True)]
         if augment.mixup:
-            batch, labels = augment.mix(batch, labels, len(data.classes), own_bits)
-        yield batch, labels
+            augmented, labels = augment.mix(augmented, labels, len(data.classes), own_bits)
+        yield augmented, labels
 
 
-def test_batches(data: ImageData, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """All test images in order, normalized only; the last batch may be smaller."""
+def _share(batch_size: int, rank: int, ranks: int) -> Tensor:
+    """The places in a batch of one of `ranks` processes: as many from the front as mirrored from the back, so
+    that mixup's partner of an image is in the same share, at its mirrored place."""
+    if ranks == 1:
+        return torch.arange(batch_size)
+    if batch_size % (2 * ranks):
+        raise ValueError(
+            f"batch_size={batch_size} must be divisible by {2 * ranks}, twice the number of processes"
+        )
+    front = torch.arange(batch_size // 2).chunk(ranks)[rank]
+    return torch.cat([front, batch_size - 1 - front.flip(0)])
+
+
+def evaluation_batches(
+    data: ImageData, batch_size: int, rank: int = 0, ranks: int = 1
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """All test images in order, normalized only; the last batch may be smaller. Of `ranks` processes, the
+    part of one: each image is in exactly one part."""
     device = data.test_images.device
     mean, std = torch.tensor(data.mean, device=device), torch.tensor(data.std, device=device)
-    batches = torch.arange(len(data.test_labels)).split(batch_size)
-    taken = _take(data.test_images, batches, None)
-    for images, labels in zip(taken, data.test_labels.split(batch_size), strict=True):
-        yield normalize(images, mean, std), labels
+    part = torch.arange(len(data.test_labels)).tensor_split(ranks)[rank]
+    batches = part.split(batch_size) if len(part) else ()
+    for chosen, images in zip(batches, _take(data.test_images, batches, None), strict=True):
+        yield normalize(images, mean, std), data.test_labels[chosen.to(device)]
 
 
 def _take(images: Tensor | ImageFiles, batches: Sequence[Tensor], crops: Tensor | None) -> Iterator[Tensor]:

@@ -247,17 +247,20 @@ def test_mixups_weight_is_the_larger_of_a_beta_draw_and_its_complement(alpha: fl
 
 
 def test_per_batch_draws_once_for_cutout_and_mixup_and_no_other_part() -> None:
-    images, bits = coordinates(12, 12).expand(200, -1, -1, -1), draw_augmentation(1, 0, 200)
-    arguments = (images, (0.0, 0.0), (1 / 255, 1 / 255), bits)
-    cut = Augment(cutout=4, per_batch=True)(*arguments)
+    images, bits = coordinates(12, 12).expand(200, -1, -1, -1), draw_augmentation(1, 0, 300)
+    batch = torch.arange(299, 99, -1)
+    arguments = (images, (0.0, 0.0), (1 / 255, 1 / 255))
+    own, shared = (Augment(per_batch=per_batch).draws_of(bits, batch) for per_batch in (False, True))
+    assert torch.equal(own, bits[:, batch])
+    cut = Augment(cutout=4)(*arguments, shared)
     assert torch.equal(cut, cut[:1].expand_as(cut))
-    assert torch.equal(cut[0], Augment(cutout=4)(*arguments)[0])
-    moved = Augment(flip=True, crop_padding=2, per_batch=True)(*arguments)
-    assert torch.equal(moved, Augment(flip=True, crop_padding=2)(*arguments))
+    assert torch.equal(cut[0], Augment(cutout=4)(*arguments, own)[0])
+    moved = Augment(flip=True, crop_padding=2)(*arguments, shared)
+    assert torch.equal(moved, Augment(flip=True, crop_padding=2)(*arguments, own))
     assert len(moved.unique(dim=0)) > 40  # of 2 · 25
     labels = torch.arange(200) % 2
-    _, targets = Augment(mixup=1.0, per_batch=True).mix(cut, labels, 2, bits)
-    _, separate = Augment(mixup=1.0).mix(cut, labels, 2, bits)
+    _, targets = Augment(mixup=1.0).mix(cut, labels, 2, shared)
+    _, separate = Augment(mixup=1.0).mix(cut, labels, 2, own)
     assert torch.equal(targets[::2], targets[:1].expand(100, -1))
     assert torch.equal(targets[0], separate[0])
     assert len(separate.unique(dim=0)) > 100

@@ -114,12 +114,12 @@ def test_the_same_image_is_augmented_anew_in_each_epoch() -> None:
 
 def test_test_batches_are_all_images_in_order() -> None:
     source = numbered()
-    batches = list(data.test_batches(source, 4))
+    batches = list(data.evaluation_batches(source, 4))
     assert [len(y) for _, y in batches] == [4, 4, 3]
     assert torch.equal(torch.cat([y for _, y in batches]), source.test_labels)
     expected = data.normalize(source.test_images, source.mean, source.std)
     assert torch.equal(torch.cat([x for x, _ in batches]), expected)
-    assert len(list(data.test_batches(source, 100))) == 1
+    assert len(list(data.evaluation_batches(source, 100))) == 1
 
 
 @pytest.mark.parametrize("batch_size", [24, 0, -3])

@@ -329,7 +329,7 @@ def test_streamed_images_are_those_in_memory(
     augment = data.Augment(flip=True, crop_padding=1, cutout=2)
     for one, other in (
         (data.train_batches(held, 4, augment, 0, 1), data.train_batches(streamed, 4, augment, 0, 1)),
-        (data.test_batches(held, 3), data.test_batches(streamed, 3)),
+        (data.evaluation_batches(held, 3), data.evaluation_batches(streamed, 3)),
     ):
         for (x, y), (x2, y2) in zip(one, other, strict=True):
             assert torch.equal(x, x2)
@@ -367,7 +367,7 @@ def test_a_file_damaged_after_the_survey_is_named(tmp_path: Path) -> None:
     streamed = stream(tmp_path)
     (tmp_path / "test" / "dog" / "001.png").write_bytes(b"no image")
     with pytest.raises(ValueError, match=r"cannot decode .*test/dog/001.png"):
-        list(data.test_batches(streamed, 3))
+        list(data.evaluation_batches(streamed, 3))
 
 
 def test_root_missing(tmp_path: Path) -> None:

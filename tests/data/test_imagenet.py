@@ -85,7 +85,7 @@ def test_the_same_samples_in_every_layout(layout: str, folder: Path, request: py
     assert len(expected.test_labels) == 6
     assert torch.equal(source.train_labels, expected.train_labels)
     assert same(batches(source), batches(expected))
-    assert same(list(data.test_batches(source, 4)), list(data.test_batches(expected, 4)))
+    assert same(list(data.evaluation_batches(source, 4)), list(data.evaluation_batches(expected, 4)))
     assert len(source.classes) == 3
     if layout == "tar":
         assert source.classes == expected.classes == tuple(sorted(CLASSES))
@@ -93,7 +93,7 @@ def test_the_same_samples_in_every_layout(layout: str, folder: Path, request: py
 
 def test_evaluation_is_the_centre_of_the_resized_image(folder: Path) -> None:
     source = imagenet(str(folder), **SMALL)
-    images, labels = map(torch.cat, zip(*data.test_batches(source, 4), strict=True))
+    images, labels = map(torch.cat, zip(*data.evaluation_batches(source, 4), strict=True))
     for path, image, label in zip(files_of(folder, "val"), images, labels, strict=True):
         resized = F.resize(Image.open(path).convert("RGB"), 36)
         pixels = F.pil_to_tensor(F.center_crop(resized, [32, 32]))
@@ -109,7 +109,7 @@ def test_whatever_the_number_of_workers(folder: Path) -> None:
     alone = imagenet(str(folder), image_size=32, workers=0)
     shared = imagenet(str(folder), image_size=32, workers=2)
     assert same(batches(alone, 1, augment), batches(shared, 1, augment))
-    assert same(list(data.test_batches(alone, 4)), list(data.test_batches(shared, 4)))
+    assert same(list(data.evaluation_batches(alone, 4)), list(data.evaluation_batches(shared, 4)))
 
 
 def test_order_and_crops_follow_from_seed_and_epoch(folder: Path) -> None:
@@ -153,7 +153,7 @@ def test_a_truncated_file_is_named(folder: Path, tmp_path: Path, workers: int) -
     with pytest.raises(
         ValueError, match=r"cannot decode .*/copy/val/n01443537/n01443537_0.JPEG: .*trunc"
     ) as e:
-        list(data.test_batches(source, 4))
+        list(data.evaluation_batches(source, 4))
     assert "\n" not in str(e.value)
 
 
