@@ -96,7 +96,7 @@ def replicate(model: nn.Module, device: torch.device) -> nn.Module:
         model,
         device_ids=[device] if device.type == "cuda" else None,
         gradient_as_bucket_view=True,
-        **{word: False},
+        **{word: False},  # type: ignore[arg-type]
     )
 
 

@@ -1,10 +1,10 @@
 """Stopping a run between two steps when the process is told to end."""
 
+import os
 import signal
 import sys
 import threading
-from collections.abc import Callable
-from types import FrameType, TracebackType
+from types import TracebackType
 from typing import Any, Self
 
 # TERM from schedulers and `kill`, INT from Ctrl-C, USR1 and USR2 from Slurm before a job's time is up.
@@ -12,31 +12,47 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class Interruption:
-    """A with-block in which the first of `SIGNALS` is only noted, for the run to end in order; any further
-    one ends the process at once, as it does outside of the block.
+    """A with-block in which the first of `SIGNALS` is only noted, for the run to end in order; a second one
+    ends the process at once, with 128 + its number.
 
     In a thread other than the main one, where Python allows no handlers, it does nothing.
     """
 
     def __init__(self) -> None:
         self.signal: int | None = None
-        self._former: dict[signal.Signals, Any] = {}
+        self._former: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
-            self._former = {number: signal.signal(number, self._note) for number in SIGNALS}
+            # Python runs handlers in the main thread, which may be within one long backward pass, and two
+            # signals by then are one to it. Through the pipe each is heard as it comes.
+            self._read, self._write = os.pipe()
+            os.set_blocking(self._write, False)
+            self._former = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
+            self._former_fd = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
+            self._listener = threading.Thread(target=self._listen, daemon=True)
+            self._listener.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for number, handler in self._former.items():
-            signal.signal(number, handler)
+        if self._former:
+            signal.set_wakeup_fd(self._former_fd)
+            for number, handler in self._former.items():
+                signal.signal(number, handler)
+            os.close(self._write)
+            self._listener.join()
+            os.close(self._read)
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self.signal = number
-        for each in SIGNALS:  # the system's own action, which needs no Python code to run first
-            signal.signal(each, signal.SIG_DFL)
+    def _listen(self) -> None:
+        while byte := os.read(self._read, 1):
+            number = byte[0]
+            if number not in SIGNALS:  # one that has a handler of its own
+                continue
+            if self.signal is not None:
+                os._exit(128 + number)
+            self.signal = number
 
     def requested(self) -> bool:
         """Whether a signal has come."""
@@ -50,10 +66,8 @@ class Interruption:
         into the queue. If that returns, so does this, and the run goes on.
         """
         number = self.signal or signal.SIGTERM
-        handler: Callable[[int, None], object] | int | None = self._former.get(signal.Signals(number))
+        handler = self._former.get(number)
         if not callable(handler) or handler is signal.default_int_handler:
             sys.exit(128 + number)
         handler(number, None)
         self.signal = None
-        for each in self._former:
-            signal.signal(each, self._note)

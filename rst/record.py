@@ -259,7 +259,7 @@ def provenance(device: torch.device) -> dict[str, Any]:
     return {
         "versions": {
             "python": platform.python_version(),
-            "torch": torch.__version__,
+            "torch": str(torch.__version__),  # of a class that a checkpoint could not hold
             "cuda": torch.version.cuda if torch.cuda.is_available() else None,
             "rst": __version__,
         },

@@ -1,0 +1,150 @@
+"""Signals: in order the first time, at once the second, and what other programs make of them."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT
+
+from rst.interruption import SIGNALS, Interruption
+
+# Twenty epochs of six steps, some 0.3 s each on this project's machines; a checkpoint an epoch.
+ARGUMENTS = ["protocol=quick", "batch_size=216", "model.width=32", "epochs=20", "method=sam"]
+
+
+def wait_until(condition, seconds=60):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_the_first_signal_is_noted(number):
+    before = [signal.getsignal(each) for each in SIGNALS]
+    with Interruption() as interruption:
+        assert not interruption.requested()
+        os.kill(os.getpid(), number)
+        wait_until(interruption.requested)
+        with pytest.raises(SystemExit) as ended:
+            interruption.end()
+    assert ended.value.code == 128 + number
+    assert [signal.getsignal(each) for each in SIGNALS] == before
+    assert signal.set_wakeup_fd(-1) == -1
+
+
+def test_a_handler_that_was_there_gets_the_signal_after_the_checkpoint():
+    """As submitit's, which puts the job back into Slurm's queue, or passes a SIGTERM over."""
+    heard = []
+    former = signal.signal(signal.SIGUSR2, lambda number, frame: heard.append(number))
+    try:
+        with Interruption() as interruption:
+            for _ in range(2):
+                os.kill(os.getpid(), signal.SIGUSR2)
+                wait_until(interruption.requested)
+                assert len(heard) < 2
+                interruption.end()
+                assert not interruption.requested()
+    finally:
+        signal.signal(signal.SIGUSR2, former)
+    assert heard == [signal.SIGUSR2] * 2
+
+
+def test_another_rank_was_told_to_end():
+    with Interruption() as interruption, pytest.raises(SystemExit) as ended:
+        interruption.end()
+    assert ended.value.code == 128 + signal.SIGTERM
+
+
+def test_other_signals_pass_by():
+    heard = []
+    former = signal.signal(signal.SIGCHLD, lambda number, frame: heard.append(number))
+    try:
+        with Interruption() as interruption:
+            subprocess.run(["true"], check=True)
+            wait_until(lambda: heard)
+            time.sleep(0.05)
+            assert not interruption.requested()
+    finally:
+        signal.signal(signal.SIGCHLD, former)
+
+
+def test_a_second_signal_ends_the_process_in_the_middle_of_a_long_operation():
+    """Both come while the main thread is in one matrix product of seconds."""
+    code = (
+        "import torch, os; from rst.interruption import Interruption\n"
+        "a = torch.ones(6000, 6000); print('ready', flush=True)\n"
+        "with Interruption():\n"
+        "    while True: a @ a"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert process.stdout.readline() == "ready\n"
+    time.sleep(0.3)
+    process.send_signal(signal.SIGTERM)
+    time.sleep(0.3)
+    sent = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    assert process.wait(10) == 128 + signal.SIGINT
+    assert time.monotonic() - sent < 1
+
+
+class Started:
+    """`python train.py` as a process of its own, in training."""
+
+    def __init__(self, outputs, *arguments):
+        command = [sys.executable, "train.py", *ARGUMENTS, *arguments, f"outputs={outputs}"]
+        self.process = subprocess.Popen(
+            command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+        wait_until(lambda: list(outputs.glob("*/checkpoint.pt")))
+        (self.folder,) = outputs.glob("*/")
+
+    def end(self, *numbers):
+        """Send the signals; returns the exit code and how long it took."""
+        began = time.monotonic()
+        for number in numbers:
+            self.process.send_signal(number)
+            time.sleep(0.05)
+        self.output, _ = self.process.communicate(timeout=30)
+        return self.process.returncode, time.monotonic() - began
+
+
+def state_of(folder):
+    return torch.load(folder / "checkpoint.pt", weights_only=True)["training"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_run_ends_in_order_and_goes_on_from_there(number, tmp_path, run_train):
+    started = Started(tmp_path)
+    code, seconds = started.end(number)
+    assert code == 128 + number, started.output
+    assert seconds < 5
+    assert "Traceback" not in started.output
+    state = state_of(started.folder)
+    steps = state["optimizer"]["rst"]["steps"]
+    assert steps == 6 * len(state["metrics"]) + state["epoch"]["steps"] < 120
+    assert not (started.folder / "result.json").exists() and not list(started.folder.glob(".*.tmp"))
+    if number == signal.SIGTERM:
+        run_train(*ARGUMENTS, f"outputs={tmp_path}")
+        lines = (started.folder / "metrics.jsonl").read_text().splitlines()
+        assert [json.loads(line)["epoch"] for line in lines] == list(range(1, 21))
+        assert json.loads((started.folder / "result.json").read_text())["steps"] == 120
+
+
+def test_two_signals_leave_the_last_checkpoint_whole(tmp_path):
+    started = Started(tmp_path, "batch_size=1296", "model.width=64")  # a step of seconds
+    code, seconds = started.end(signal.SIGINT, signal.SIGINT)
+    assert code == 128 + signal.SIGINT and seconds < 2
+    state = state_of(started.folder)
+    assert state["epoch"]["steps"] == 0 and state["optimizer"]["rst"]["steps"] == len(state["metrics"])
