@@ -107,10 +107,6 @@ def describe(cfg: DictConfig, hydra_cfg: HydraConf) -> Run:
     chosen = hydra_cfg.runtime.choices.items()
     choices = {str(group): str(name) for group, name in chosen if not str(group).startswith("hydra/")}
     command = shlex.join(["python", "train.py", *hydra_cfg.overrides.task])
-    if distributed.is_launched() and hydra_cfg.mode is RunMode.MULTIRUN:
-        raise ValueError(
-            "torchrun is for one run on several devices: leave -m out, or start python train.py -m"
-        )
     config: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     check(config, choices)
     return Run(Path(config["outputs"]), config, choices, command)
@@ -163,6 +159,10 @@ def launch(main: Callable[[], None]) -> None:
     _failures.clear()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra raise its errors rather than print them over lines
     try:
+        if distributed.is_launched() and {"-m", "--multirun"} & set(sys.argv):
+            raise ValueError(
+                "torchrun is for one run on several devices: leave -m out, or leave torchrun out"
+            )
         main()
         if _failures:
             raise _failures[0]

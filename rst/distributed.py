@@ -73,7 +73,7 @@ def process_group(device: torch.device) -> Iterator[None]:
         yield
     except RuntimeError as error:
         if isinstance(error, dist.DistError) or "gloo" in str(error):
-            raise ConnectionError(f"another rank has ended ({str(error).splitlines()[0]})") from error
+            raise ConnectionError("another rank has ended: see what it and torchrun say") from error
         raise
     # Not after an error: the others may be waiting in a collective, and this process is about to end.
     dist.destroy_process_group()

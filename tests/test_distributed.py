@@ -1,17 +1,26 @@
 """One run on two ranks, against the same run in one process."""
 
 import io
+import json
 import math
+import os
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from conftest import ROOT
 from test_engine import L2, assert_equal_state, some_data
+from test_interruption import wait_until
+from test_train import only
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 from rst import RST, Constant, distributed
-from rst.data import Augment
+from rst.data import Augment, train_batches
 from rst.engine import Training
 from rst.lr_schedule import cosine
 
@@ -198,3 +207,116 @@ def test_a_batch_that_does_not_divide_is_refused(monkeypatch):
     monkeypatch.setattr(distributed, "replicate", lambda model, device: model)
     with pytest.raises(ValueError, match="batch_size=4 must be divisible by 6, twice the number of ranks"):
         start("sgd")
+
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "train.py"]
+# Eight epochs of six steps, and with ε from the whole batch and without BatchNorm one result for all ranks.
+ARGUMENTS = ["protocol=quick", "batch_size=216", "epochs=8", "method=sam", "method.sync_perturbation=true"]
+ARGUMENTS += [
+    "model=timm",
+    "model.name=vit_tiny_patch16_224",
+    "+model.patch_size=4",
+    "+model.depth=2",
+    "optimizer.lr=0.01",
+]
+
+
+def started(arguments, outputs):
+    """The command as a process of its own; what it prints goes to outputs/log."""
+    outputs.mkdir(exist_ok=True)
+    with (outputs / "log").open("a") as log:
+        command = [*arguments, *ARGUMENTS, f"outputs={outputs}"]
+        return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, start_new_session=True)
+
+
+def epochs_in(outputs):
+    return sum(path.read_text().count("\n") for path in outputs.glob("*/metrics.jsonl"))
+
+
+def ranks_of(process):
+    listed = subprocess.run(["ps", "--ppid", str(process.pid), "-o", "pid="], capture_output=True, text=True)
+    return [int(pid) for pid in listed.stdout.split()]
+
+
+@pytest.mark.slow
+def test_torchrun_killed_interrupted_and_resumed_in_one_process(tmp_path):
+    """Rank 1 is killed; on two ranks again, told to end; in one process, told to end; on two, to the last."""
+    whole, outputs = tmp_path / "whole", tmp_path / "outputs"
+    assert started([sys.executable, "train.py"], whole).wait(120) == 0
+
+    job = started(TORCHRUN, outputs)
+    wait_until(lambda: epochs_in(outputs) >= 1)
+    os.kill(ranks_of(job)[1], signal.SIGKILL)
+    killed = time.monotonic()
+    assert job.wait(60) != 0
+    assert time.monotonic() - killed < 40  # torchrun gives the others 30 s
+
+    reached = epochs_in(outputs)
+    job = started(TORCHRUN, outputs)
+    wait_until(lambda: epochs_in(outputs) > reached)
+    job.send_signal(signal.SIGTERM)  # torchrun passes it on
+    assert job.wait(60) != 0
+    (folder,) = outputs.glob("*/")
+    assert "Connection closed" not in (outputs / "log").read_text().split("steps on")[-1]
+    steps = torch.load(folder / "checkpoint.pt", weights_only=True)["training"]["optimizer"]["rst"]["steps"]
+    assert steps >= 6 * (reached + 1)
+
+    reached = epochs_in(outputs)
+    job = started([sys.executable, "train.py"], outputs)
+    wait_until(lambda: epochs_in(outputs) > reached)
+    job.send_signal(signal.SIGINT)
+    assert job.wait(60) == 128 + signal.SIGINT
+
+    assert started(TORCHRUN, outputs).wait(120) == 0
+    result, expected = (
+        json.loads(only(where.glob("*/result.json")).read_text()) for where in (outputs, whole)
+    )
+    assert result["ranks"] == "2+1" and expected["ranks"] == "1"
+    assert (result["steps"], result["propagations"]) == (48, 96)
+    assert result["test_loss"] == pytest.approx(expected["test_loss"], rel=1e-2)  # float32, 48 steps
+    log = (outputs / "log").read_text()
+    assert log.count("the first") == 3 and f'File "{ROOT}' not in log  # no traceback of ours
+    assert "error: another rank has ended" in log
+
+
+@pytest.fixture
+def under_torchrun(monkeypatch):
+    values = {"TORCHELASTIC_RUN_ID": "1", "RANK": "5", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
+    for name, value in values.items():
+        monkeypatch.setenv(name, value)
+
+
+def test_a_rank_has_the_gpu_of_its_number_on_the_machine(under_torchrun, monkeypatch):
+    assert distributed.is_launched() and not distributed.is_first()
+    assert distributed.device_of_rank("cpu") == "cpu"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    assert distributed.device_of_rank("auto") == distributed.device_of_rank("cuda") == "cuda:1"
+    with pytest.raises(ValueError, match="under torchrun device must be auto, cuda or cpu, got cuda:0"):
+        distributed.device_of_rank("cuda:0")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ValueError, match=r"4 processes here, and there are 2 GPUs: use --nproc_per_node=2"):
+        distributed.device_of_rank("cuda")
+
+
+def test_a_sweep_under_torchrun_is_refused(under_torchrun, run_train, tmp_path):
+    with pytest.raises(
+        SystemExit, match=r"^error: rank 5: torchrun is for one run on several devices: leave -m"
+    ):
+        run_train("-m", "protocol=quick", "seed=0,1", f"outputs={tmp_path / 'outputs'}")
+    assert not (tmp_path / "outputs").exists()
+
+
+def test_shares_of_a_batch_make_the_batch():
+    """With mixup's partners, and cutout's square of the whole batch."""
+    augment = Augment(flip=True, crop_padding=1, cutout=2, mixup=1.0, per_batch=True)
+    arguments = some_data(n=31), 12, augment, 3, 1
+    for whole, *shares in zip(
+        train_batches(*arguments),
+        *(train_batches(*arguments, rank=r, ranks=3) for r in range(3)),
+        strict=True,
+    ):
+        # Each share is some of the front and, mirrored, of the back.
+        for part, shared in zip(whole, zip(*shares, strict=True), strict=True):
+            front, back = [s[:2] for s in shared], [s[2:] for s in reversed(shared)]
+            assert torch.equal(torch.cat([*front, *back]), part)

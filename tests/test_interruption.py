@@ -13,8 +13,8 @@ from conftest import ROOT
 
 from rst.interruption import SIGNALS, Interruption
 
-# Twenty epochs of six steps, some 0.3 s each on this project's machines; a checkpoint an epoch.
-ARGUMENTS = ["protocol=quick", "batch_size=216", "model.width=32", "epochs=20", "method=sam"]
+# Eight epochs of six steps, some 0.3 s each on this project's machines; a checkpoint an epoch.
+ARGUMENTS = ["protocol=quick", "batch_size=216", "model.width=32", "epochs=8", "method=sam"]
 
 
 def wait_until(condition, seconds=60):
@@ -133,13 +133,13 @@ def test_a_run_ends_in_order_and_goes_on_from_there(number, tmp_path, run_train)
     assert "Traceback" not in started.output
     state = state_of(started.folder)
     steps = state["optimizer"]["rst"]["steps"]
-    assert steps == 6 * len(state["metrics"]) + state["epoch"]["steps"] < 120
+    assert steps == 6 * len(state["metrics"]) + state["epoch"]["steps"] < 48
     assert not (started.folder / "result.json").exists() and not list(started.folder.glob(".*.tmp"))
     if number == signal.SIGTERM:
         run_train(*ARGUMENTS, f"outputs={tmp_path}")
         lines = (started.folder / "metrics.jsonl").read_text().splitlines()
-        assert [json.loads(line)["epoch"] for line in lines] == list(range(1, 21))
-        assert json.loads((started.folder / "result.json").read_text())["steps"] == 120
+        assert [json.loads(line)["epoch"] for line in lines] == list(range(1, 9))
+        assert json.loads((started.folder / "result.json").read_text())["steps"] == 48
 
 
 def test_two_signals_leave_the_last_checkpoint_whole(tmp_path):
