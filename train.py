@@ -1,46 +1,39 @@
-"""Train one model: `python train.py method=rst schedule=linear model=wrn28_10`, or a sweep with `-m`."""
+"""Train one model: `python train.py method=rst schedule=linear model=wrn28_10`, or a sweep with `-m`.
+
+What a run does, from its configuration to its result, is in `rst/run.py`.
+"""
 
 import logging
 import sys
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import hydra
-import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from rst import checkpoint, distributed, expected_propagations, propagations_std
 from rst.command_line import describe, launch, task
-from rst.cost import checkpoint_bytes, schedule_of
-from rst.data import steps_per_epoch
-from rst.device import cpu_threads, lease
-from rst.draws import draw
-from rst.engine import Training
-from rst.interruption import Interruption
-from rst.listing import listing
-from rst.lr_schedule import with_warmup
-from rst.progress import Progress, in_words
-from rst.record import Run, combined, peak_memory_bytes, provenance, reset_peak_memory, summarize
-from rst.tracking import NoTracker, Tracker
 
 log = logging.getLogger("train")
 ROOT = Path(__file__).resolve().parent
-OF_TRAINING = ["epochs", "batch_size", "seed", "l2", "clip_norm", "precision", "grad_accumulation"]
 
 
 @hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name="train")
 @task
 def main(cfg: DictConfig) -> None:
+    # Here, as importing PyTorch and timm takes seconds, and --help needs neither.
+    from rst import distributed
+    from rst.device import cpu_threads, lease
+
     hydra_cfg = HydraConfig.get()
     run = describe(cfg, hydra_cfg)
     result = run.result()
     if result is not None:
         log.info("%s is complete, nothing to run", run.folder)
     else:
+        from rst.run import train
+
         sweep = hydra_cfg.mode is RunMode.MULTIRUN
         with (
             cpu_threads(run.config["threads"]),
@@ -51,95 +44,21 @@ def main(cfg: DictConfig) -> None:
     log.info("%s", in_words(run.name, result))
 
 
-def train(run: Run, device: torch.device, verbose: bool) -> dict[str, Any]:
-    """One run, new or resumed, from its configuration to its result."""
-    config = run.config
-
-    def build(group: str) -> Any:
-        return instantiate(config[group], _convert_="all")
-
-    made_with = provenance(device)
-    reset_peak_memory(device)
-    data = build("dataset").to(device)
-    epoch_steps = steps_per_epoch(data, config["batch_size"])
-    total_steps = config["epochs"] * epoch_steps
-    schedule = schedule_of(config, epoch_steps)
-    lr_factor = with_warmup(build("lr_schedule"), config["warmup_epochs"] / config["epochs"])
-
-    torch.manual_seed(draw(config["seed"], "init"))
-    _, channels, height, width = data.train_images.shape
-    model = build("model")(num_classes=len(data.classes), in_chans=channels, image_size=(height, width))
-    layout = torch.channels_last if config["channels_last"] else torch.preserve_format
-    model = model.to(device, memory_format=layout)
-    n_bytes = checkpoint_bytes(sum(p.numel() for p in model.parameters()), config)
-    checkpoint.require_space(run.folder, 3 * n_bytes)  # two, and one being written
-    model = distributed.replicate(model, device)
-    base = build("optimizer")(model.parameters())
-    optimizer = build("method")(base, schedule, total_steps, module=model, seed=config["seed"])
-    settings = {key: config[key] for key in OF_TRAINING}
-    training = Training(model, optimizer, lr_factor, data, build("augment"), **settings)
-    tracker = (build("tracker") if distributed.is_first() else NoTracker)(
-        run_name=run.name,
-        group="-".join(run.labels),
-        job_type=run.choices["method"],
-        tags=run.labels,
-        folder=run.folder,
-        config={**config, "choices": run.choices},
+def in_words(name: str, result: dict[str, Any]) -> str:
+    """A run's result in a line."""
+    return (
+        f"{name}: test accuracy {result['test_accuracy']:.2%}, best {result['best_test_accuracy']:.2%}, "
+        f"propagation count {result['propagations'] / result['steps']:.3f}, "
+        f"expected {result['expected_propagations'] / result['steps']:.3f}, "
+        f"{result['seconds']['train']:.1f} s of training"
+        + (f", {n} steps skipped for an overflow" if (n := result["skipped_steps"]) else "")
     )
-    with run.lock() if distributed.is_first() else nullcontext():
-        distributed.barrier()
-        # Another process may have completed it while this one was waiting for its device.
-        return run.result(warn=False) or fit(run, training, tracker, made_with, verbose)
-
-
-def fit(
-    run: Run, training: Training, tracker: Tracker, made_with: dict[str, Any], verbose: bool
-) -> dict[str, Any]:
-    """Train what is left of a run whose folder is locked, and write down each epoch and the result."""
-    optimizer, is_first = training.optimizer, distributed.is_first()
-    made = [made_with]
-    state = checkpoint.load(run.checkpoint, run.id)
-    if state is not None:
-        training.load_state_dict(state["training"])
-        made = [*state["made"], *made]
-    distributed.require_equal(optimizer.steps, "the ranks must share the outputs folder; they begin at steps")
-    every = checkpoint.Every(**run.config["checkpoint"])
-    if is_first:
-        run.open(training.metrics)
-    if verbose:
-        done = f", the first {optimizer.steps} done before" if optimizer.steps else ""
-        log.info("%s: %d steps on %s%s", run.folder, optimizer.total_steps, made_with["device_name"], done)
-
-    with Progress(training, verbose) as progress, tracker, Interruption() as interruption:
-        for metrics in training.run(interruption.requested):  # after each step; of an epoch that has ended
-            epochs = None if metrics is None else metrics["epoch"]
-            if metrics is not None and is_first:
-                run.append(metrics)
-                tracker.log(metrics)
-            is_due = (
-                every.is_due(optimizer.steps, epochs) or epochs == training.epochs or training.guard.stopping
-            )
-            if is_due and is_first:
-                content = {"training": training.state_dict(), "made": made}
-                checkpoint.save(run.checkpoint, content, run.id)
-            progress.update(metrics)
-            if training.guard.stopping:
-                distributed.barrier()
-                interruption.end()
-        figures = {
-            **summarize(training.metrics),
-            "expected_propagations": expected_propagations(optimizer.schedule, optimizer.total_steps),
-            "propagations_std": propagations_std(optimizer.schedule, optimizer.total_steps),
-            "peak_memory_bytes": peak_memory_bytes(training.device),
-            **combined(made),
-        }
-        result = run.complete(figures) if is_first else figures
-        tracker.summary(result)
-    return result
 
 
 if __name__ == "__main__":
     if "--list" in sys.argv[1:]:
+        from rst.listing import listing
+
         print(listing(ROOT / "conf"))
         sys.exit()
     import train as importable  # for launchers: other processes can import this module, but not __main__

@@ -1,4 +1,4 @@
-"""What a run shows: while it trains a bar on a terminal, a line an epoch elsewhere; then its result."""
+"""What a run shows while it trains: a bar on a terminal, a line an epoch elsewhere."""
 
 import logging
 import sys
@@ -39,14 +39,3 @@ class Progress:
                 "epoch {epoch}: train loss {train_loss:.4f}, test loss {test_loss:.4f}, "
                 "test accuracy {test_accuracy:.4f}, propagations {propagations}".format(**metrics)
             )
-
-
-def in_words(name: str, result: dict[str, Any]) -> str:
-    """A run's result in a line."""
-    return (
-        f"{name}: test accuracy {result['test_accuracy']:.2%}, best {result['best_test_accuracy']:.2%}, "
-        f"propagation count {result['propagations'] / result['steps']:.3f}, "
-        f"expected {result['expected_propagations'] / result['steps']:.3f}, "
-        f"{result['seconds']['train']:.1f} s of training"
-        + (f", {n} steps skipped for an overflow" if (n := result["skipped_steps"]) else "")
-    )

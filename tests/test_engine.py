@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from rst import RST, Constant
 from rst.data import Augment, ImageData, train_batches
@@ -355,3 +356,32 @@ def test_learning_rate_factors():
     assert [cosine(0.0), cosine(0.5), cosine(1.0)] == pytest.approx([1.0, 0.5, 0.0])
     assert [step(x) for x in (0.0, 0.49, 0.5, 0.75, 0.99)] == pytest.approx([1, 1, 0.1, 0.01, 0.01])
     assert constant(0.7) == 1.0
+
+
+class NoSynchronization(TorchDispatchMode):
+    """Raises on what would make the host wait for a GPU: reading a value, or a shape that depends on one."""
+
+    SYNCHRONIZING = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal", "is_nonzero")
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func._schema.name.removeprefix("aten::").startswith(self.SYNCHRONIZING):
+            raise AssertionError(f"{func} in a step")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("augment", ["none", "all", "per_batch"])
+@pytest.mark.parametrize("method", [*sorted(METHODS), "normalized"])
+def test_a_step_makes_no_gpu_wait(method, augment, precision):
+    rule = {"rho": 0.3, "gamma": 0.5, "mix": "normalized"} if method == "normalized" else METHODS[method]
+    rule = dict(rule or {})
+    rule.pop("schedule", None)
+    model = normed_model()
+    run = training(model, None if method == "sgd" else rule, precision=precision)
+    run.augment = AUGMENTS[augment]
+    points = run.run()
+    next(points)
+    with NoSynchronization():
+        next(points)
+    with pytest.raises(AssertionError, match="_local_scalar_dense"), NoSynchronization():
+        float(run._sums[0])

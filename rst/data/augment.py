@@ -32,7 +32,7 @@ DRAWS = (
     "resized_crop",
     *[f"autoaugment{i}" for i in range(5)],
 )
-SHARED = [DRAWS.index(name) for name in ("cutout_y", "cutout_x", "mixup")]  # by a batch, with per_batch
+SHARED = slice(DRAWS.index("cutout_y"), DRAWS.index("cutout_x") + 1)  # by a batch, with per_batch
 
 
 def draw_augmentation(seed: int, epoch: int, n_images: int) -> torch.Tensor:
@@ -115,16 +115,22 @@ class Augment:
         mean: torch.Tensor | Sequence[float],
         std: torch.Tensor | Sequence[float],
         bits: torch.Tensor,
+        host_bits: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """uint8 [B, C, H, W] to float32 [B, C, H, W], contiguous, on the same device; `bits` [draws, B] are
-        the images' columns of `draw_augmentation`, see `draws_of`."""
+        """uint8 [B, C, H, W] to float32 [B, C, H, W], contiguous, on the same device.
+
+        `bits` [draws, B] are the images' columns of `draw_augmentation`, see `draws_of`, on the images'
+        device; `host_bits` the same on the CPU, where AutoAugment groups its operations (None: as `bits`).
+        """
         if self.autoaugment:
             policy = self.autoaugment
             if policy == "auto":
                 policy = "cifar10" if min(images.shape[-2:]) < LARGE else "imagenet"
             first = DRAWS.index("autoaugment0")
-            images = autoaugment(images, policy, bits[first : first + 5])
-        flip, top, left, cutout_y, cutout_x = bits[:5].to(images.device, non_blocking=True)
+            images = autoaugment(
+                images, policy, (bits if host_bits is None else host_bits)[first : first + 5]
+            )
+        flip, top, left, cutout_y, cutout_x = bits[:5]
         if self.flip or self.crop_padding:
             images = self._flip_and_crop(images, flip % 2 == 0, top, left)
         batch = normalize(images, mean, std)
@@ -134,18 +140,20 @@ class Augment:
             batch *= 1 - rows[:, None, :, None] * columns[:, None, None, :]
         return batch
 
+    def mixup_weights(self, bits: torch.Tensor) -> torch.Tensor:
+        """λ of each image of `draw_augmentation`, float32 [images] on the CPU: λ ~ Beta(α, α), then
+        max(λ, 1 − λ), so that an image keeps at least half of itself."""
+        uniform = bits[DRAWS.index("mixup")].double() / 2**62
+        weights = torch.from_numpy(betaincinv(self.mixup, self.mixup, uniform.numpy()))
+        return torch.maximum(weights, 1 - weights).float()
+
     def mix(
-        self, batch: torch.Tensor, labels: torch.Tensor, n_classes: int, bits: torch.Tensor
+        self, batch: torch.Tensor, labels: torch.Tensor, n_classes: int, weight: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mixup of a normalized batch: λ·x + (1 − λ)·x', with x' the reversed batch, λ ~ Beta(α, α) and then
-        max(λ, 1 − λ), so that an image keeps at least half of itself.
+        """Mixup of a normalized batch: λ·x + (1 − λ)·x', with x' the reversed batch; `weight` [B] is λ.
 
         Labels become probabilities, float32 [B, classes]: λ for the image's own, 1 − λ for its partner's.
         """
-        uniform = bits[DRAWS.index("mixup")].double() / 2**62
-        weight = torch.from_numpy(betaincinv(self.mixup, self.mixup, uniform.numpy()))
-        weight = torch.maximum(weight, 1 - weight)
-        weight = weight.float().to(batch.device, non_blocking=True)
         partners = batch.flip(0)
         targets = torch.zeros(len(labels), n_classes, device=batch.device)
         targets.scatter_(1, labels[:, None], weight[:, None])

@@ -40,18 +40,29 @@ def train_batches(
     device = data.train_images.device
     n = len(data.train_labels)
     order = torch.randperm(n, generator=draws.generator(seed, "order", epoch))
-    bits = draw_augmentation(seed, epoch, n)
+    host_bits = draw_augmentation(seed, epoch, n)
+    # To the device once an epoch, so that no step copies from the host (autoaugment's does: see there).
+    there, bits = order.to(device), host_bits.to(device)
+    weights = augment.mixup_weights(host_bits).to(device) if augment.mixup else None
     mean, std = torch.tensor(data.mean, device=device), torch.tensor(data.std, device=device)
+    is_streamed = isinstance(data.train_images, ImageFiles)
     share = _share(batch_size, rank, ranks)
-    batches = [order[i * batch_size : (i + 1) * batch_size] for i in range(start, steps)]
-    shares = [batch[share] for batch in batches]
-    crops = bits[DRAWS.index("resized_crop")] if augment.random_resized_crop else None
-    for batch, chosen, images in zip(batches, shares, _take(data.train_images, shares, crops), strict=True):
-        own_bits = augment.draws_of(bits, batch)[:, share]
-        augmented = augment(images, mean, std, own_bits)
-        labels = data.train_labels[chosen.to(device, non_blocking=True)]
-        if augment.mixup:
-            augmented, labels = augment.mix(augmented, labels, len(data.classes), own_bits)
+    share_there = share.to(device)
+    places = [slice(i * batch_size, (i + 1) * batch_size) for i in range(start, steps)]
+    taken = _take(
+        data.train_images,
+        [order[place][share] if is_streamed else there[place][share_there] for place in places],
+        host_bits[DRAWS.index("resized_crop")] if augment.random_resized_crop else None,
+    )
+    for place, images in zip(places, taken, strict=True):
+        batch = there[place]
+        own_bits = augment.draws_of(bits, batch)[:, share_there]
+        own_host_bits = host_bits[:, order[place][share]] if augment.autoaugment else None
+        augmented = augment(images, mean, std, own_bits, own_host_bits)
+        labels = data.train_labels[batch[share_there]]
+        if weights is not None:
+            weight = weights[batch[:1]].expand(batch_size) if augment.per_batch else weights[batch]
+            augmented, labels = augment.mix(augmented, labels, len(data.classes), weight[share_there])
         yield augmented, labels
 
 
@@ -75,17 +86,19 @@ def evaluation_batches(
     part of one: each image is in exactly one part."""
     device = data.test_images.device
     mean, std = torch.tensor(data.mean, device=device), torch.tensor(data.std, device=device)
-    part = torch.arange(len(data.test_labels)).tensor_split(ranks)[rank]
+    where = "cpu" if isinstance(data.test_images, ImageFiles) else device
+    part = torch.arange(len(data.test_labels), device=where).tensor_split(ranks)[rank]
     batches = part.split(batch_size) if len(part) else ()
     for chosen, images in zip(batches, _take(data.test_images, batches, None), strict=True):
         yield normalize(images, mean, std), data.test_labels[chosen.to(device)]
 
 
 def _take(images: Tensor | ImageFiles, batches: Sequence[Tensor], crops: Tensor | None) -> Iterator[Tensor]:
-    """The images of each batch of indices, uint8 [B, C, H, W]."""
+    """The images of each batch of indices, uint8 [B, C, H, W]. Indices are on the CPU for streamed images,
+    else on the images' device."""
     if isinstance(images, ImageFiles):
         yield from images.batches(batches, crops)
         return
     for chosen in batches:
         # Not images[chosen]: index_select copies whole images, 8 times as fast on a CPU.
-        yield images.index_select(0, chosen.to(images.device, non_blocking=True))
+        yield images.index_select(0, chosen)

@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-from sklearn.datasets import load_digits
 
 from rst.data import images
 from rst.data.images import ImageData
@@ -23,6 +22,8 @@ def digits(
 
     Raises ValueError for a label noise or train size out of range.
     """
+    from sklearn.datasets import load_digits  # here, as it takes a second
+
     source = load_digits()
     # Pixels count 0..16; 255/16 is no integer, so the steps are 15 or 16 wide.
     pixels = torch.from_numpy(np.rint(source.images * (255 / 16)).astype(np.uint8))[:, None]

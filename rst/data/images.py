@@ -4,7 +4,6 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from sklearn.model_selection import train_test_split
 
 from rst import draws
 from rst.data.image_files import ImageFiles
@@ -68,6 +67,8 @@ def stratified(labels: torch.Tensor, size: int, seed: int, split: int) -> tuple[
     Both sorted. Raises ValueError where scikit-learn cannot: a class with one image, or fewer images than
     classes on one side.
     """
+    from sklearn.model_selection import train_test_split  # here, as it takes a second
+
     random_state = draws.draw(seed, "split", split) % 2**32  # scikit-learn takes 32 bits
     try:
         chosen, rest = train_test_split(

@@ -95,6 +95,19 @@ def test_an_images_augmentation_does_not_depend_on_its_batch() -> None:
     assert all(torch.equal(image, by_eight[label]) for label, image in by_three.items())
 
 
+def test_per_batch_has_one_mixup_weight_a_batch() -> None:
+    """That of its first image."""
+    source = replace(numbered(), classes=tuple(map(str, range(23))))
+    labels, separate, targets = (
+        [y for _, y in data.train_batches(source, 5, augment, seed=0, epoch=0)]
+        for augment in (PLAIN, Augment(mixup=1.0), Augment(mixup=1.0, per_batch=True))
+    )
+    for own, single, shared in zip(labels, separate, targets, strict=True):
+        weights = shared.gather(1, own[:, None])[:, 0]
+        others = [i for i in range(5) if i != 2]  # the middle one is its own partner
+        assert (weights[others] == single[0, own[0]]).all()
+
+
 def test_mixup_gives_probabilities() -> None:
     source = replace(numbered(), classes=tuple(map(str, range(23))))
     plain = list(data.train_batches(source, 5, PLAIN, seed=0, epoch=0))

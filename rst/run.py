@@ -1,0 +1,109 @@
+"""One run, from its configuration to its result."""
+
+import logging
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from hydra.utils import instantiate
+
+from rst import checkpoint, distributed, expected_propagations, propagations_std
+from rst.cost import checkpoint_bytes, schedule_of
+from rst.data import steps_per_epoch
+from rst.draws import draw
+from rst.engine import Training
+from rst.interruption import Interruption
+from rst.lr_schedule import with_warmup
+from rst.progress import Progress
+from rst.record import Run, combined, peak_memory_bytes, provenance, reset_peak_memory, summarize
+from rst.tracking import NoTracker, Tracker
+
+log = logging.getLogger("train")
+OF_TRAINING = ["epochs", "batch_size", "seed", "l2", "clip_norm", "precision", "grad_accumulation"]
+
+
+def train(run: Run, device: torch.device, verbose: bool) -> dict[str, Any]:
+    """One run, new or resumed, from its configuration to its result."""
+    config = run.config
+
+    def build(group: str) -> Any:
+        return instantiate(config[group], _convert_="all")
+
+    made_with = provenance(device)
+    reset_peak_memory(device)
+    data = build("dataset").to(device)
+    epoch_steps = steps_per_epoch(data, config["batch_size"])
+    total_steps = config["epochs"] * epoch_steps
+    schedule = schedule_of(config, epoch_steps)
+    lr_factor = with_warmup(build("lr_schedule"), config["warmup_epochs"] / config["epochs"])
+
+    torch.manual_seed(draw(config["seed"], "init"))
+    _, channels, height, width = data.train_images.shape
+    model = build("model")(num_classes=len(data.classes), in_chans=channels, image_size=(height, width))
+    layout = torch.channels_last if config["channels_last"] else torch.preserve_format
+    model = model.to(device, memory_format=layout)
+    n_bytes = checkpoint_bytes(sum(p.numel() for p in model.parameters()), config)
+    checkpoint.require_space(run.folder, 3 * n_bytes)  # two, and one being written
+    model = distributed.replicate(model, device)
+    base = build("optimizer")(model.parameters())
+    optimizer = build("method")(base, schedule, total_steps, module=model, seed=config["seed"])
+    settings = {key: config[key] for key in OF_TRAINING}
+    training = Training(model, optimizer, lr_factor, data, build("augment"), **settings)
+    tracker = (build("tracker") if distributed.is_first() else NoTracker)(
+        run_name=run.name,
+        group="-".join(run.labels),
+        job_type=run.choices["method"],
+        tags=run.labels,
+        folder=run.folder,
+        config={**config, "choices": run.choices},
+    )
+    with run.lock() if distributed.is_first() else nullcontext():
+        distributed.barrier()
+        # Another process may have completed it while this one was waiting for its device.
+        return run.result(warn=False) or fit(run, training, tracker, made_with, verbose)
+
+
+def fit(
+    run: Run, training: Training, tracker: Tracker, made_with: dict[str, Any], verbose: bool
+) -> dict[str, Any]:
+    """Train what is left of a run whose folder is locked, and write down each epoch and the result."""
+    optimizer, is_first = training.optimizer, distributed.is_first()
+    made = [made_with]
+    state = checkpoint.load(run.checkpoint, run.id)
+    if state is not None:
+        training.load_state_dict(state["training"])
+        made = [*state["made"], *made]
+    distributed.require_equal(optimizer.steps, "the ranks must share the outputs folder; they begin at steps")
+    every = checkpoint.Every(**run.config["checkpoint"])
+    if is_first:
+        run.open(training.metrics)
+    if verbose:
+        done = f", the first {optimizer.steps} done before" if optimizer.steps else ""
+        log.info("%s: %d steps on %s%s", run.folder, optimizer.total_steps, made_with["device_name"], done)
+
+    with Progress(training, verbose) as progress, tracker, Interruption() as interruption:
+        for metrics in training.run(interruption.requested):  # after each step; of an epoch that has ended
+            epochs = None if metrics is None else metrics["epoch"]
+            if metrics is not None and is_first:
+                run.append(metrics)
+                tracker.log(metrics)
+            is_due = (
+                every.is_due(optimizer.steps, epochs) or epochs == training.epochs or training.guard.stopping
+            )
+            if is_due and is_first:
+                content = {"training": training.state_dict(), "made": made}
+                checkpoint.save(run.checkpoint, content, run.id)
+            progress.update(metrics)
+            if training.guard.stopping:
+                distributed.barrier()
+                interruption.end()
+        figures = {
+            **summarize(training.metrics),
+            "expected_propagations": expected_propagations(optimizer.schedule, optimizer.total_steps),
+            "propagations_std": propagations_std(optimizer.schedule, optimizer.total_steps),
+            "peak_memory_bytes": peak_memory_bytes(training.device),
+            **combined(made),
+        }
+        result = run.complete(figures) if is_first else figures
+        tracker.summary(result)
+    return result
