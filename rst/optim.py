@@ -208,21 +208,22 @@ class RST(torch.optim.Optimizer):
     def _write_perturbed(self) -> dict[Tensor, Tensor]:
         """θ + ε for each parameter with a gradient, in tensors allocated once: the only extra memory."""
         grads = {p: p.grad for p in self._parameters() if p.grad is not None}
-        params = list(grads)
-        spares = [self._spare(p) for p in params]
-        torch._foreach_copy_(spares, list(grads.values()))
+        spares = {p: self._spare(p) for p in grads}
+        directions = grads
         if self.adaptive:
-            torch._foreach_mul_(spares, params)  # ‖θ·g‖ = ‖|θ|·g‖
-        norm = get_total_norm(spares)
+            directions = spares
+            torch._foreach_copy_(list(spares.values()), list(grads.values()))
+            torch._foreach_mul_(list(spares.values()), list(grads))  # ‖θ·g‖ = ‖|θ|·g‖
+        norm = get_total_norm(list(directions.values()))
         if self.adaptive:
-            torch._foreach_mul_(spares, params)
+            torch._foreach_mul_(list(spares.values()), list(grads))
         for group in self.param_groups:
             rho = group.setdefault("rho", self.defaults["rho"])  # a group that the base was given alone
-            group_spares = [self._spares[p] for p in group["params"] if p.grad is not None]
-            if group_spares:
-                torch._foreach_mul_(group_spares, _divide(rho, norm))
-        torch._foreach_add_(spares, params)
-        return dict(zip(params, spares, strict=True))
+            params = [p for p in group["params"] if p.grad is not None]
+            if params:
+                of_group = [spares[p] for p in params], params, [directions[p] for p in params]
+                _write_sum(*of_group, _divide(rho, norm))
+        return spares
 
     @torch.no_grad()
     def _keep_share_of_clean_gradient(self) -> None:
@@ -297,6 +298,30 @@ def _swap(perturbed: dict[Tensor, Tensor]) -> None:
         perturbed[parameter] = kept
     # An autocast region around the whole step would go on with its low-precision copy of the other weights.
     torch.clear_autocast_cache()
+
+
+def _write_sum(out: list[Tensor], params: list[Tensor], directions: list[Tensor], scale: Tensor) -> None:
+    """out = params + scale·directions; `out` may be `directions`."""
+    if all(p.device.type == "cpu" for p in params):
+        _write_sum_in_one_pass(out, params, directions, scale)
+    else:
+        _write_sum_in_few_kernels(out, params, directions, scale)
+
+
+def _write_sum_in_one_pass(
+    out: list[Tensor], params: list[Tensor], directions: list[Tensor], scale: Tensor
+) -> None:
+    for to, p, direction in zip(out, params, directions, strict=True):
+        torch.addcmul(p, direction, scale, out=to)
+
+
+def _write_sum_in_few_kernels(
+    out: list[Tensor], params: list[Tensor], directions: list[Tensor], scale: Tensor
+) -> None:
+    if out[0] is not directions[0]:
+        torch._foreach_copy_(out, directions)
+    torch._foreach_mul_(out, scale)
+    torch._foreach_add_(out, params)
 
 
 def _divide(numerator: float, norm: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from omegaconf import OmegaConf
 
 from rst import __version__, distributed
 from rst.checkpoint import remove_temporary, write_atomically
+from rst.device import release_memory
 
 log = logging.getLogger(__name__)
 
@@ -287,6 +288,7 @@ def reset_peak_memory(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     elif _CLEAR_REFS.exists():
+        release_memory()
         _CLEAR_REFS.write_text("5")  # Linux: sets the process's VmHWM to what it holds now
 
 

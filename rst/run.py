@@ -10,6 +10,7 @@ from hydra.utils import instantiate
 from rst import checkpoint, distributed, expected_propagations, propagations_std
 from rst.cost import checkpoint_bytes, schedule_of
 from rst.data import steps_per_epoch
+from rst.device import keep_memory
 from rst.draws import draw
 from rst.engine import Training
 from rst.interruption import Interruption
@@ -29,6 +30,7 @@ def train(run: Run, device: torch.device, verbose: bool) -> dict[str, Any]:
     def build(group: str) -> Any:
         return instantiate(config[group], _convert_="all")
 
+    keep_memory()
     made_with = provenance(device)
     reset_peak_memory(device)
     data = build("dataset").to(device)

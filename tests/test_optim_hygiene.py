@@ -11,6 +11,7 @@ from reference import assert_close, assert_same_bits, batches, loss_of, network,
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
+import rst.optim
 from rst import RST, Constant, Linear
 
 GAMMAS = pytest.mark.parametrize("gamma", [0.5, 1.0, 2.0])
@@ -344,3 +345,19 @@ def test_extra_memory_is_one_copy_of_the_parameters(rule, batch):
     models = build(), build()
     extra = peak_bytes(lambda: sharpness_aware(models[0])) - peak_bytes(lambda: plain(models[1]))
     assert 0 < extra <= parameters + 2**15
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_gpu_writes_what_a_cpu_writes(in_place):
+    """The same sum by other kernels; ASAM's directions are in the place of the result."""
+    params = [torch.randn(5, 3, dtype=torch.float64), torch.randn(4, dtype=torch.float64)]
+    scale = torch.tensor(0.3, dtype=torch.float64)
+    written = []
+    for write in (rst.optim._write_sum_in_one_pass, rst.optim._write_sum_in_few_kernels):
+        directions = [p.sin() for p in params]
+        out = directions if in_place else [torch.empty_like(p) for p in params]
+        write(out, params, directions, scale)
+        written.append(out)
+    for cpu, gpu, p in zip(*written, params, strict=True):
+        assert torch.allclose(cpu, p + 0.3 * p.sin(), rtol=1e-15, atol=1e-15)
+        assert torch.allclose(cpu, gpu, rtol=1e-15, atol=1e-15)
