@@ -11,7 +11,7 @@ BIN := .venv/bin
 
 WHICH = --protocol $(PROTOCOL) --table $(TABLE)
 
-.PHONY: reproduce-tables tables plan readme test test-slow lint format clean
+.PHONY: reproduce-tables tables plan readme test test-slow crash-test benchmark lint format clean
 
 reproduce-tables: .venv/stamp
 	$(BIN)/python scripts/reproduce.py $(WHICH) $(if $(REUSE),--reuse) --launcher $(LAUNCHER) $(if $(JOBS),--jobs $(JOBS)) $(ARGS)
@@ -32,6 +32,14 @@ test: .venv/stamp
 # What kills drivers, starts two of them, or goes through a cluster's launcher.
 test-slow: .venv/stamp
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n 1
+
+# Kills 78 small runs at 20 random points each: 40 minutes on one core.
+crash-test: .venv/stamp
+	OMP_NUM_THREADS=1 $(BIN)/python scripts/crash_test.py
+
+# Against the limits of what training costs, and against others: 25 minutes. ARGS="--sections data" for a part.
+benchmark: .venv/stamp
+	$(BIN)/python scripts/benchmark.py $(ARGS)
 
 lint: .venv/stamp
 	$(BIN)/ruff format --check .

@@ -1,80 +1,41 @@
 """Errors on the command line: one line with the cause and the fix, exit code 1, no traceback."""
 
+import errno
 import logging
 import multiprocessing
 import os
+import re
 import shlex
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache, wraps
 from pathlib import Path
 from typing import Any
 
 import torch
+from hydra._internal.utils import get_args_parser
 from hydra.conf import HydraConf
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException, InstantiationException, MissingConfigException
+from hydra.errors import (
+    HydraException,
+    InstantiationException,
+    MissingConfigException,
+    OverrideParseException,
+)
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue
+from yaml import YAMLError
 
 from rst import distributed
-from rst.checkpoint import Every
 from rst.record import Run
+from rst.settings import KNOWN, check, check_groups, unknown_setting
 
 log = logging.getLogger(__name__)
 _failures: list[Exception] = []
-
-# These methods are what they are by their schedule: p(t) is this number.
-FIXED_P = {"sgd": 0.0, "sam": 1.0, "asam": 1.0, "gnp": 1.0}
-
-
-def check(config: dict[str, Any], choices: dict[str, str]) -> None:
-    """Refuse what the parts themselves would not, or only after minutes of loading data."""
-    whole_numbers = {
-        "seed": 0,
-        "epochs": 1,
-        "batch_size": 1,
-        "grad_accumulation": 1,
-        "threads": 1,
-        "warmup_epochs": 0,
-    }
-    for key, least in whole_numbers.items():
-        value = 1 if key == "threads" and config[key] is None else config[key]
-        if type(value) is not int or value < least:
-            raise ValueError(f"{key} must be a whole number of at least {least}, got {value!r}")
-    Every(**config["checkpoint"])
-    if choices["protocol"] == "paper":
-        if choices["recipe"] == "none":
-            raise ValueError(
-                f"protocol=paper has no recipe for model={choices['model']} dataset={choices['dataset']}: "
-                "see conf/recipe, or leave the protocol out"
-            )
-        optimizer = "adamw" if "vit" in choices["recipe"] else "sgd"
-        if choices["optimizer"] != optimizer:
-            raise ValueError(
-                f"protocol=paper: the recipe for model={choices['model']} is optimizer={optimizer}'s"
-            )
-    if config["warmup_epochs"] >= config["epochs"]:
-        raise ValueError(
-            f"warmup_epochs={config['warmup_epochs']} must be less than epochs={config['epochs']}"
-        )
-    for key in {"num_classes", "in_chans", "image_size"} & config["model"].keys():
-        raise ValueError(f"model.{key} follows from the data set: leave it out")
-    if config["l2"] and config["optimizer"].get("weight_decay"):
-        raise ValueError("both l2 and optimizer.weight_decay are set: add l2=0 or optimizer.weight_decay=0")
-    p = FIXED_P.get(choices["method"])
-    constant = choices["schedule"] == "constant"
-    if p is not None and not (constant and config["schedule"]["p"] == p):
-        given = f"schedule.p={config['schedule']['p']}" if constant else f"schedule={choices['schedule']}"
-        raise ValueError(
-            f"method={choices['method']} takes a SAM step {'always' if p else 'never'}, which contradicts "
-            f"{given}: leave the schedule out, or use method=rst or method=grst"
-        )
-
 
 # The models of the paper's recipes, by the beginnings of their names.
 CIFAR_CNNS = ("resnet18", "resnet34", "resnet50", "resnet101", "wrn", "vgg", "pyramidnet")
@@ -109,7 +70,10 @@ def describe(cfg: DictConfig, hydra_cfg: HydraConf) -> Run:
     command = shlex.join(["python", "train.py", *hydra_cfg.overrides.task])
     config: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     check(config, choices)
-    return Run(Path(config["outputs"]), config, choices, command)
+    run = Run(Path(config["outputs"]), config, choices, command)
+    if run.result(warn=False) is None:  # else it has been checked, which takes seconds
+        check_groups(config)
+    return run
 
 
 def task(function: Callable[[DictConfig], object]) -> Callable[[DictConfig], None]:
@@ -159,6 +123,8 @@ def launch(main: Callable[[], None]) -> None:
     _failures.clear()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra raise its errors rather than print them over lines
     try:
+        if hasattr(main, "__wrapped__"):  # by Hydra, whose parser would answer with ten lines of usage
+            _check_options()
         if distributed.is_launched() and {"-m", "--multirun"} & set(sys.argv):
             raise ValueError(
                 "torchrun is for one run on several devices: leave -m out, or leave torchrun out"
@@ -181,28 +147,93 @@ def _origin(error: Exception) -> Exception:
     return error.__cause__ if wrapped else error  # type: ignore[return-value]
 
 
+def _check_options() -> None:
+    """Refuse arguments that are neither a setting nor one of Hydra's options.
+
+    Raises:
+        ValueError: naming the first of them.
+    """
+    _, unknown = get_args_parser().parse_known_args()
+    for argument in unknown:
+        if argument.startswith("-"):
+            name = argument.lstrip("-").partition("=")[0]
+            raise ValueError(f"unknown option {argument}: settings are given as {name}=VALUE, without dashes")
+    if unknown:
+        raise ValueError(f"options such as -m go before all settings or after them, not before {unknown[0]}")
+
+
 def _explained(error: Exception, cfg: DictConfig) -> Exception:
     """What a user can do about a failure that only names what the machine did."""
-    text = str(error)
-    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in text:
-        return MemoryError(
-            f"out of memory with batch_size={cfg.batch_size} and model={cfg.model.name}: try "
-            f"grad_accumulation={2 * cfg.grad_accumulation}, a smaller batch_size or precision=bf16 ({text})"
-        )
+    chain = list(_chain(error))
+    deaths = [text for text in map(str, chain) if "DataLoader worker" in text]
+    if deaths:
+        return _worker_death(deaths[-1])
+    for cause in chain:
+        if isinstance(cause, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(cause):
+            return _out_of_memory(str(cause), cfg)
     if isinstance(error, FloatingPointError):
-        return FloatingPointError(f"method={HydraConfig.get().runtime.choices['method']}: {text}")
+        return FloatingPointError(f"method={HydraConfig.get().runtime.choices['method']}: {error}")
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return OSError(
+            f"cannot write to outputs={cfg.outputs} ({error.strerror}): make room and repeat the command, "
+            "which goes on from the last checkpoint"
+        )
     return error
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """The error, its cause, the cause of that."""
+    while error is not None:
+        yield error
+        error = error.__cause__
+
+
+def _worker_death(text: str) -> ChildProcessError:
+    """Of a process that decodes images. PyTorch says so in an error that a signal raises, wherever the main
+    process is; the last line of an error in such a process, which comes with its traceback, is its cause."""
+    cause = text.strip().splitlines()[-1].partition(". ")[0].rstrip(".")
+    if re.search("Bus error|shared memory|No space left", text):
+        hint = "shared memory is full: enlarge /dev/shm, or set dataset.workers=0, which needs none"
+    elif "signal: Killed" in text:
+        hint = "usually for want of memory: use fewer dataset.workers"
+    else:
+        hint = "dataset.workers=0 decodes in the main process and says more"
+    return ChildProcessError(f"a process that decodes images has failed ({cause}); {hint}")
+
+
+def _out_of_memory(text: str, cfg: DictConfig) -> MemoryError:
+    larger = range(cfg.grad_accumulation + 1, cfg.batch_size + 1)
+    parts = next((n for n in larger if cfg.batch_size % n == 0), None)
+    hints = [f"grad_accumulation={parts}"] if parts else []
+    hints += ["precision=bf16"] if cfg.precision == "fp32" else []
+    model = cfg.model.get("name", cfg.model._target_)
+    asked = re.search(r"(?<=ried to allocate )[\d.]+ \w+", text)
+    return MemoryError(
+        f"out of memory with batch_size={cfg.batch_size} and model={model}"
+        + (f" (asked for {asked[0]})" if asked else "")
+        + f": try {', '.join([*hints, 'a smaller batch_size'])} or a smaller model"
+    )
 
 
 def one_line(error: Exception) -> str:
     """The error's message on one line, with the choices where an option of a group is unknown."""
-    if isinstance(error, MissingConfigException) and error.options is not None:
+    if isinstance(error, MissingConfigException) and error.options:
         group, _, option = str(error.missing_cfg_file).rpartition("/")
         return f"unknown {group} '{option}': choose from {', '.join(sorted(error.options))}"
     if isinstance(error, MissingMandatoryValue):
         return f"{error.full_key} must be given: add {error.full_key}=VALUE"
     error = _origin(error)
     message = " ".join(str(error).split())
+    if isinstance(error, OverrideParseException):
+        cause = message.partition(" See http")[0].removeprefix(f"Error parsing override '{error.override}' ")
+        return f"cannot read the argument {error.override!r}, which should be KEY=VALUE ({cause})"
+    if isinstance(error, YAMLError):
+        return f"a configuration file is not valid YAML: {message}"
+    if message.startswith("Config group override must be"):
+        return "a group must be one of its options, as in method=sam: python train.py --list shows them"
+    unknown = re.match(r"Could not override '(\w+)'\. To append", message)
+    if unknown and unknown[1] not in KNOWN:
+        return unknown_setting(unknown[1])
     # Ours and Hydra's messages speak for themselves; what nobody foresaw needs its type.
     known = isinstance(error, ValueError | OSError | FloatingPointError | MemoryError | HydraException)
     return message if known else f"{type(error).__name__}: {message}"

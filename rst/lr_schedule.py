@@ -10,7 +10,17 @@ def cosine(progress: float) -> float:
 
 
 def step(progress: float, milestones: Sequence[float] = (0.5, 0.75), factor: float = 0.1) -> float:
-    """factor^k after the k-th milestone (a fraction of the run)."""
+    """factor^k after the k-th milestone (a fraction of the run).
+
+    Raises:
+        ValueError: for a milestone, such as a number of epochs, or a factor that is not between 0 and 1.
+    """
+    if not all(0 < milestone < 1 for milestone in milestones):
+        raise ValueError(
+            f"lr_schedule.milestones are fractions of the run, between 0 and 1, got {milestones}"
+        )
+    if not 0 < factor <= 1:
+        raise ValueError(f"lr_schedule.factor must be above 0 and at most 1, got {factor}")
     return factor ** sum(progress >= milestone for milestone in milestones)
 
 
@@ -21,6 +31,7 @@ def constant(progress: float) -> float:
 
 def with_warmup(factor: Callable[[float], float], warmup: float) -> Callable[[float], float]:
     """A linear ramp from 0 to 1 over the share `warmup` of the run, then all of `factor` over the rest."""
+    factor(0.0)  # refuses bad options now, not at the first step
 
     def ramped(progress: float) -> float:
         if progress < warmup:

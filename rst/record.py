@@ -27,6 +27,7 @@ from rst.device import release_memory
 log = logging.getLogger(__name__)
 
 SCHEMA = 1
+LONGEST_NAME = 200  # characters before the id; file systems allow 255 bytes
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 
 # What cannot change a run's result is no part of its identity. `dataset.root` is where the data lie, not
@@ -100,9 +101,10 @@ class Run:
 
     @property
     def name(self) -> str:
-        """`dataset-model-augment-method-schedule-s<seed>-<id>`, safe as a folder's name."""
-        text = "-".join([*self.labels, f"s{self.config['seed']}", self.id])
-        return re.sub(r"[^A-Za-z0-9_.-]+", "_", text).lstrip(".")
+        """`dataset-model-augment-method-schedule-s<seed>-<id>`, safe as a folder's name: cut before the id
+        where it would be too long."""
+        text = "-".join([*self.labels, f"s{self.config['seed']}"])
+        return re.sub(r"[^A-Za-z0-9_.-]+", "_", text).lstrip(".")[:LONGEST_NAME] + f"-{self.id}"
 
     @property
     def folder(self) -> Path:

@@ -44,6 +44,8 @@ def train(run: Run, device: torch.device, verbose: bool) -> dict[str, Any]:
     model = build("model")(num_classes=len(data.classes), in_chans=channels, image_size=(height, width))
     layout = torch.channels_last if config["channels_last"] else torch.preserve_format
     model = model.to(device, memory_format=layout)
+    if config["compile"]:
+        model.compile()  # in place, so that names in checkpoints stay as they are
     n_bytes = checkpoint_bytes(sum(p.numel() for p in model.parameters()), config)
     checkpoint.require_space(run.folder, 3 * n_bytes)  # two, and one being written
     model = distributed.replicate(model, device)

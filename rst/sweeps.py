@@ -17,9 +17,10 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from rst.command_line import check, describe
+from rst.command_line import describe
 from rst.device import cpu_cores
 from rst.record import Run
+from rst.settings import check
 
 KEYS = {"title", "reference", "baseline", "rows", "columns", "seeds", "metrics"}
 ROW_KEYS = {"label", "overrides", "published", "source"}

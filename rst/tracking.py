@@ -100,7 +100,7 @@ class Wandb(Tracker):
     seconds, bound how long an unreachable server can hold the run up.
 
     Raises:
-        ValueError: unknown mode.
+        ValueError: unknown mode, given or in WANDB_MODE.
     """
 
     def __init__(
@@ -118,6 +118,9 @@ class Wandb(Tracker):
         modes = ("auto", "online", "offline", "disabled")
         if mode not in modes:
             raise ValueError(f"W&B's mode is one of {', '.join(modes)}, got {mode!r}")
+        named = os.environ.get("WANDB_MODE", "auto")
+        if mode == "auto" and named not in (*modes, "shared", "dryrun", "run"):
+            raise ValueError(f"WANDB_MODE must be online, offline or disabled, got {named!r}")
         self.project = project
         self.entity = entity
         self.group = run_group or self.group

@@ -15,6 +15,7 @@ import rst
 import rst.command_line  # registers the resolver that conf/train.yaml uses
 from rst.data import ImageData
 from rst.engine import Training
+from rst.settings import check_groups
 
 CONF = ROOT / "conf"
 GROUPS = sorted({path.parent.name for path in CONF.glob("*/*.yaml")} - {"table", "columns"})
@@ -90,6 +91,7 @@ def tiny_data():
 def test_every_option_builds(group, option, tiny_data, tmp_path):
     """Calls each node as train.py does: a wrong keyword in a `_partial_` only raises then."""
     config = OmegaConf.to_container(composed(f"{group}={option}"), resolve=True)
+    check_groups(config)
 
     def build(name):
         return instantiate(config[name], _convert_="all")

@@ -385,3 +385,46 @@ def test_a_step_makes_no_gpu_wait(method, augment, precision):
         next(points)
     with pytest.raises(AssertionError, match="_local_scalar_dense"), NoSynchronization():
         float(run._sums[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["sam", "grst"])
+def test_compiled_steps_equal_eager_ones(method):
+    """Also in the perturbed pass, for which BatchNorm is frozen and θ's storage is another."""
+    runs = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        layers = [torch.nn.Conv2d(1, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.ReLU(), torch.nn.Flatten()]
+        model = torch.nn.Sequential(*layers, torch.nn.Linear(16, 3))
+        if compiled:
+            model.compile()
+        rule = dict(METHODS[method])
+        base = torch.optim.SGD(model.parameters(), lr=0.1)
+        optimizer = RST(base, rule.pop("schedule", Constant(1.0)), 100, module=model, seed=SEED, **rule)
+        runs.append(
+            Training(model, optimizer, cosine, some_data(), Augment(), epochs=3, batch_size=4, seed=0)
+        )
+        list(runs[-1].run())
+    eager, compiled = (run.state_dict()["model"] for run in runs)
+    assert eager.keys() == compiled.keys()
+    for key, value in eager.items():
+        assert torch.allclose(value, compiled[key], rtol=1e-4, atol=1e-5), key
+
+
+@pytest.mark.slow
+def test_compiled_dropout_is_the_same_in_both_passes():
+    """With ρ = 0 both passes have the same gradient only if they drop the same activations."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Dropout(0.5), torch.nn.Linear(16, 3))
+    model.compile()
+    gradients = []
+    for p in (0.0, 1.0):
+        optimizer = RST(torch.optim.SGD(model.parameters(), lr=0.0), Constant(p), 10, rho=0.0, module=model)
+        torch.manual_seed(1)
+
+        def closure():
+            model(torch.ones(8, 1, 4, 4)).square().sum().backward()
+
+        optimizer.gradient(closure)
+        gradients.append(model[2].weight.grad.clone())
+    assert torch.equal(*gradients) and gradients[0].abs().sum() > 0

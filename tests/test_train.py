@@ -1,4 +1,4 @@
-"""train.py as a user runs it: methods, sweeps, resuming, trackers, bad input."""
+"""train.py as a user runs it: methods, sweeps, resuming, trackers."""
 
 import json
 import math
@@ -111,7 +111,8 @@ def test_a_completed_run_returns_at_once_and_an_interrupted_one_resumes(
 
 
 def test_wandb_offline_holds_accuracy_and_propagations(tmp_path):
-    environment = {"WANDB_MODE": "offline", "HOME": str(tmp_path)}  # and no key from the user's netrc
+    key = "0123456789abcdef" * 2 + "01234567"
+    environment = {"WANDB_MODE": "offline", "WANDB_API_KEY": key, "HOME": str(tmp_path)}
     done = train_command(*SHORT, "tracker=wandb", "method=sam", f"outputs={tmp_path}", env=environment)
     assert done.returncode == 0, done.stderr
     folder = only(tmp_path.glob("digits*"))
@@ -124,6 +125,9 @@ def test_wandb_offline_holds_accuracy_and_propagations(tmp_path):
     logged = [(row["epoch"], row["test_accuracy"], row["propagations"]) for row in history]
     expected = [(r["epoch"], r["test_accuracy"], r["propagations"]) for r in without_times(folder)]
     assert logged == expected and len(expected) == 2
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert any(path.suffix == ".wandb" for path in files)
+    assert not any(key.encode() in path.read_bytes() for path in files)
 
 
 def test_precision_and_augmentation(run_train, tmp_path):
@@ -152,18 +156,11 @@ def test_a_model_that_diverges_in_its_last_step_is_no_result(run_train, tmp_path
     assert not (folder / "result.json").exists() and not (folder / "checkpoint.pt").exists()
 
 
-def test_a_damaged_checkpoint_is_named(run_train, tmp_path):
-    arguments = [*SHORT, "epochs=1", f"outputs={tmp_path}"]
-    run_train(*arguments)
-    folder = only(tmp_path.glob("digits*"))
-    (folder / "result.json").unlink()
-    for checkpoint in folder.glob("checkpoint*.pt"):
-        checkpoint.write_bytes(b"garbage")
-    with pytest.raises(SystemExit, match=r"checkpoint.pt is damaged \(File is not a zip file\): remove it"):
-        run_train(*arguments)
-
-
-@pytest.mark.parametrize("content", ["", '{"schema": 0}', "[1]"], ids=["truncated", "other schema", "list"])
+@pytest.mark.parametrize(
+    "content",
+    ["", '{"schema": 0}', "[1]", '{"schema": 1, "id": "01234567"}'],
+    ids=["truncated", "other schema", "list", "other run"],
+)
 def test_a_result_that_cannot_be_read_is_not_complete_and_is_kept(run_train, tmp_path, content, capsys):
     arguments = [*SHORT, "epochs=1", f"outputs={tmp_path}"]
     run_train(*arguments)
@@ -201,78 +198,6 @@ def test_a_diverging_run_stops_and_keeps_the_last_good_checkpoint(run_train, tmp
         run_train(*arguments, "optimizer.lr=1e30")
     folder = only(tmp_path.glob("digits*"))
     assert not (folder / "result.json").exists() and not (folder / "checkpoint.pt").exists()
-
-
-BAD = {
-    "schedule.p=1.5": "the schedule's p must be a number in [0, 1], got 1.5",
-    "method.rho=-1": "rho must be a finite number of at least 0, got -1",
-    "method=grst method.gamma=0": "gamma must be a finite number above 0, or 'matched', got 0",
-    "method=grst schedule.p=0": "gamma='matched' is 1 / mean p, and this schedule has mean p = 0",
-    "schedule=slow": "unknown schedule 'slow': choose from constant, linear, linear1, linear2, periodic",
-    "model=vgg99": "unknown model 'vgg99': choose from pyramidnet164_270, pyramidnet164_270_shakedrop",
-    "dataset=mnist": "unknown dataset 'mnist': choose from cifar10, cifar100, cifar10_jpeg, digits",
-    "model=timm model.name=resnt18": "unknown model 'resnt18'; closest are resnet18",
-    "model=timm": "model.name must be given: add model.name=VALUE",
-    "schedule=piecewise1 schedule.p=2": "boundary must be a number in [0, 1], got 2",
-    "batch_size=5000": "batch_size must be between 1 and the 1297 training images, got 5000",
-    "method=sam schedule=linear": "method=sam takes a SAM step always, which contradicts schedule=linear",
-    "method=sgd schedule.p=0.5": "method=sgd takes a SAM step never, which contradicts schedule.p=0.5",
-    "seed=-1": "seed must be a whole number of at least 0, got -1",
-    "warmup_epochs=30": "warmup_epochs=30 must be less than epochs=30",
-    "warmup_epochs=-1": "warmup_epochs must be a whole number of at least 0, got -1",
-    "model=vgg16_bn": "model cifar_vgg16_bn cannot be used on images of 1×8×8",
-    "+model.num_classes=7": "model.num_classes follows from the data set: leave it out",
-    "augment=autoaugment augment.crop_padding=1": "autoaugment needs RGB images",
-    "augment=mixup augment.crop_padding=1 batch_size=1": "mixup mixes the images of a batch",
-    "augment=inception": "these images are held in memory",
-    "dataset=imagenet dataset.root=nowhere": "no train images in nowhere: expected ROOT/train/<class>/*",
-    "epochs=0": "epochs must be a whole number of at least 1, got 0",
-    "epoch=3": "Could not override 'epoch'",
-    "precision=fp8": "precision must be one of fp32, bf16, fp16, got 'fp8'",
-    "precision=fp16 method=grst method.mix=normalized": "does not commute with fp16's loss scaling",
-    "threads=0": "threads must be a whole number of at least 1, got 0",
-    "epochs=true": "epochs must be a whole number of at least 1, got True",
-    "optimizer=adamw": "both l2 and optimizer.weight_decay are set: add l2=0",
-    "augment=cutout": "cutout must be at most the image side 8, got 16",
-    "device=cuda:99": "device=cuda:99 cannot be used",
-    "dataset.label_noise=2": "label_noise must be between 0 and 1, got 2",
-    "clip_norm=0": "clip_norm must be above 0",
-    "+optimizer.beta=1": "unexpected keyword argument 'beta'",
-    "dataset=image_folder": "no folder",
-    "dataset=cifar10 dataset.root=nowhere dataset.download=false": "dataset=image_folder dataset.root=DIR",
-}
-
-
-@pytest.mark.parametrize("arguments", BAD)
-def test_bad_input_is_one_line_and_leaves_nothing(arguments, run_train, tmp_path):
-    outputs = tmp_path / "outputs"
-    protocol = [] if "dataset=" in arguments else ["protocol=quick"]
-    with pytest.raises(SystemExit) as stopped:
-        run_train(*protocol, *arguments.split(), f"outputs={outputs}")
-    message = stopped.value.code  # a string: Python prints it on stderr and exits with 1
-    assert message.startswith("error: ") and BAD[arguments] in message and "\n" not in message
-    assert not outputs.exists()
-
-
-def test_an_unwritable_outputs_folder(run_train, tmp_path):
-    (tmp_path / "file").write_text("")  # permissions would not stop a test that runs as root
-    with pytest.raises(SystemExit, match=r"cannot write to outputs=.*choose another folder"):
-        run_train(*SHORT, f"outputs={tmp_path / 'file' / 'outputs'}")
-
-
-def test_image_folder_messages_reach_the_user(run_train, tmp_path):
-    arguments = ["protocol=cpu", f"dataset.root={tmp_path}", f"outputs={tmp_path / 'outputs'}"]
-    with pytest.raises(SystemExit, match=r"^error: no folder .*train.*<class>"):
-        run_train(*arguments)
-    for split in ("train", "test"):
-        (tmp_path / split / "cat").mkdir(parents=True)
-        (tmp_path / split / "cat" / "1.png").write_bytes(b"not an image")
-    with pytest.raises(SystemExit, match=r"^error: cannot decode .*1\.png"):
-        run_train(*arguments)
-    (tmp_path / "test" / "cat").rename(tmp_path / "test" / "dog")
-    with pytest.raises(SystemExit, match=r"^error: .*same classes: cat only in train/, dog only in test/"):
-        run_train(*arguments)
-    assert not (tmp_path / "outputs").exists()
 
 
 def test_an_error_on_the_command_line_and_in_a_sweep(tmp_path):

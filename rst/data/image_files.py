@@ -1,8 +1,11 @@
 """Images that stay in files and are decoded, by worker processes, when a batch needs them."""
 
+import os
 import random
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from multiprocessing import get_all_start_methods, get_context
 from multiprocessing.context import BaseContext
 from typing import IO, Any, Protocol
@@ -15,8 +18,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from rst.device import cpu_cores
+from rst.interruption import SIGNALS
 
 CPU = torch.device("cpu")
+MOST_WORKERS = 256  # each takes memory of its own: thousands of them would take all there is
 
 
 class Reader(Protocol):
@@ -50,6 +55,10 @@ class ImageFiles:
     workers: int | None = None
     device: torch.device = CPU
 
+    def __post_init__(self) -> None:
+        if self.workers is not None and not 0 <= self.workers <= MOST_WORKERS:
+            raise ValueError(f"workers must be from 0 to {MOST_WORKERS}, or null, got {self.workers}")
+
     @property
     def shape(self) -> tuple[int, int, int, int]:
         return len(self.indices), 3 if self.mode == "RGB" else 1, *self.size
@@ -80,8 +89,9 @@ class ImageFiles:
             pin_memory=self.device.type == "cuda",
             generator=torch.Generator(),  # or it would draw from the global one
             multiprocessing_context=_context() if workers else None,
+            worker_init_fn=partial(_begin_worker, os.getpid()),
         )
-        for images in _ahead(loader, self.device):
+        for images in _ahead(_begun(loader), self.device):
             if isinstance(images, Exception):
                 raise images
             yield images
@@ -90,6 +100,28 @@ class ImageFiles:
 def _context() -> BaseContext:
     """The platform's own way to start processes. joblib's, the default within its processes, cannot do it."""
     return get_context("fork" if "fork" in get_all_start_methods() else "spawn")
+
+
+def _begun(loader: DataLoader) -> Iterator[Any]:
+    """Start the loader's workers with `SIGNALS` blocked for good. A terminal and a scheduler send them to
+    every process; the main one ends in order, and needs the batch that it waits for. Blocked from the start,
+    as a worker that still shares the handlers of `rst.interruption` would report its signal as a second one.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        return iter(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _begin_worker(parent: int, number: int) -> None:
+    """What PyTorch's workers leave out: they end with their parent, but only if they saw it alive; and they
+    hold its pipe for signals open, whose end it waits for."""
+    if os.getppid() != parent:
+        os._exit(1)
+    pipe = signal.set_wakeup_fd(-1)
+    if pipe != -1:
+        os.close(pipe)
 
 
 def open_image(reader: Reader, index: int, mode: str = "RGB") -> Image.Image:
@@ -152,10 +184,10 @@ def _stack(items: list[np.ndarray | Exception]) -> Tensor | Exception:
     return images.permute(0, 3, 1, 2).contiguous() if images.ndim == 4 else images[:, None]
 
 
-def _ahead(loader: DataLoader, device: torch.device) -> Iterator[Any]:
-    """The loader's batches on the device; on CUDA the next one's transfer overlaps the work on this one."""
+def _ahead(batches: Iterator[Any], device: torch.device) -> Iterator[Any]:
+    """The batches on the device; on CUDA the next one's transfer overlaps the work on this one."""
     if device.type != "cuda":
-        for item in loader:
+        for item in batches:
             yield item.to(device) if isinstance(item, Tensor) else item
         return
     transfers = torch.cuda.Stream(device)
@@ -173,7 +205,7 @@ def _ahead(loader: DataLoader, device: torch.device) -> Iterator[Any]:
         return item
 
     waiting = None
-    for item in loader:
+    for item in batches:
         begun = begin(item)
         if waiting is not None:
             yield end(*waiting)

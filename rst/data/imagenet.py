@@ -52,8 +52,11 @@ def imagenet(
     `train_size`, `seed` and `workers` as in `image_folder`. `name` identifies the data in a run: "imagenet"
     is refused for what has not ImageNet's number of images and classes.
 
-    Raises FileNotFoundError where a split is missing, ValueError where the splits' classes differ.
+    Raises FileNotFoundError where a split is missing, ValueError where the splits' classes differ or a tar
+    file is damaged.
     """
+    if image_size < 1:
+        raise ValueError(f"image_size is in pixels and must be at least 1, got {image_size}")
     folder = Path(root).expanduser()
     train, test = _open(folder, "train"), _open(folder, "val")
     train_classes, test_classes = set(train.classes), set(test.classes)
@@ -99,14 +102,34 @@ def _open(folder: Path, split: str) -> _Split:
             labels = torch.tensor([label for _, label in folders.samples])
             return _Split(folders, labels, tuple(folders.class_to_idx))
         shards = sorted(folder.glob(f"*{name}*.tar"))
+        for shard in shards:
+            _check_end(shard)
         if shards and _has_labels(shards[0]):
             sharded = _Shards(shards)
             present, labels = torch.tensor(sharded.labels).unique(return_inverse=True)
             return _Split(sharded, labels, tuple(map(str, present.tolist())))
-        if (folder / f"{name}.tar").is_file():
-            tar = ReaderImageInTar(str(folder / f"{name}.tar"))
+        if (path := folder / f"{name}.tar").is_file():
+            try:
+                tar = ReaderImageInTar(str(path))
+            except ValueError as error:
+                if "unpack" not in str(error):  # it unpacks its list of images
+                    raise
+                raise FileNotFoundError(f"no images in {path}: expected {LAYOUTS}") from None
             return _Split(tar, torch.from_numpy(tar.targets), tuple(tar.class_name_to_idx))
     raise FileNotFoundError(f"no {split} images in {folder}: expected {LAYOUTS} (set dataset.root=ROOT)")
+
+
+def _check_end(path: Path, block: int = 512) -> None:
+    """Refuse a file without a tar file's end, two blocks of zeros: readers make do with what there is of one
+    that is incomplete.
+
+    Raises:
+        ValueError: naming the file.
+    """
+    with path.open("rb") as file:
+        file.seek(-min(2 * block, path.stat().st_size), os.SEEK_END)
+        if file.read() != bytes(2 * block):
+            raise ValueError(f"{path} is incomplete or no tar file (it lacks a tar file's end): replace it")
 
 
 def _has_labels(shard: Path, within: int = 1000) -> bool:

@@ -88,8 +88,11 @@ def restrict(
     Validation mode puts a tenth of the training set, rounded down, in the place of the test set: the last
     tenth of data that are stored in random order, else a stratified one drawn by `seed`.
 
-    Raises ValueError for a `train_size` that leaves fewer images than classes on one side.
+    Raises ValueError for data of one class, and for a `train_size` that leaves fewer images than classes on
+    one side.
     """
+    if len(data.classes) < 2:
+        raise ValueError(f"all images are of one class, {data.classes[0]}: training needs two or more")
     if validation:
         n = len(data.train_labels) - len(data.train_labels) // 10
         if random_order:
@@ -103,10 +106,8 @@ def restrict(
     if train_size is None or train_size == n:
         return data
     if not k <= train_size <= n - k:
-        raise ValueError(
-            f"train_size must be {n} (all training images) or from {k} to {n - k} (of {k} classes), "
-            f"got {train_size}"
-        )
+        parts = f" or from {k} to {n - k} (of {k} classes)" if n >= 2 * k else ""
+        raise ValueError(f"train_size must be {n} (all training images){parts}, got {train_size}")
     return _train_on(data, stratified(data.train_labels, train_size, seed, TRAIN_SIZE_SPLIT)[0])
 
 

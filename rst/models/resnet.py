@@ -99,8 +99,8 @@ class ResNet(nn.Module):
         stem_relu: bool,
     ) -> None:
         super().__init__()
-        if width < 1:
-            raise ValueError(f"width must be at least 1 channel, got {width}")
+        if not isinstance(width, int) or width < 1:
+            raise ValueError(f"width must be a whole number of at least 1 channel, got {width!r}")
         self.stem = nn.Sequential(
             nn.Conv2d(in_chans, stem, 3, padding=1, bias=False),
             nn.BatchNorm2d(stem),

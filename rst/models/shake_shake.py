@@ -56,7 +56,7 @@ class ShakeShakeNet(nn.Module):
 
     def __init__(self, depth: int, num_classes: int, in_chans: int, width: int) -> None:
         super().__init__()
-        if width < 2 or width % 2:
+        if not isinstance(width, int) or width < 2 or width % 2:
             raise ValueError(f"width must be at least 2 channels and even, got {width}")
         self.stem = nn.Sequential(nn.Conv2d(in_chans, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16))
         groups = []

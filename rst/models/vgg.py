@@ -16,8 +16,8 @@ class VGG(nn.Module):
 
     def __init__(self, convolutions: tuple[int, ...], num_classes: int, in_chans: int, width: int) -> None:
         super().__init__()
-        if width < 1:
-            raise ValueError(f"width must be at least 1 channel, got {width}")
+        if not isinstance(width, int) or width < 1:
+            raise ValueError(f"width must be a whole number of at least 1 channel, got {width!r}")
         layers: list[nn.Module] = []
         channels = in_chans
         for i, count in enumerate(convolutions):

@@ -43,8 +43,10 @@ class WideResNet(nn.Module):
 
     def __init__(self, depth: int, num_classes: int, in_chans: int, width: int) -> None:
         super().__init__()
-        if width < 16:
-            raise ValueError(f"width must be at least the stem's 16 channels, got {width}")
+        if not isinstance(width, int) or width < 16:
+            raise ValueError(
+                f"width must be a whole number of at least the stem's 16 channels, got {width!r}"
+            )
         self.stem = nn.Conv2d(in_chans, 16, 3, padding=1, bias=False)
         groups = []
         channels = 16

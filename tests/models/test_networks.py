@@ -292,5 +292,5 @@ def test_factory_options(name: str) -> None:
         timm.create_model(name, widht=16)
     if not name.startswith("vit"):
         option, value = ("alpha", -1) if name.startswith("pyramidnet") else ("width", 0)
-        with pytest.raises(ValueError, match=f"{option} must be at least .*, got {value}"):
+        with pytest.raises(ValueError, match=f"{option} must be .*at least .*, got {value}"):
             timm.create_model(name, **{option: value})
