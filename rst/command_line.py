@@ -13,9 +13,8 @@ import time
 from collections.abc import Callable, Iterator
 from functools import cache, wraps
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from hydra._internal.utils import get_args_parser
 from hydra.conf import HydraConf
 from hydra.core.hydra_config import HydraConfig
@@ -30,9 +29,11 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue
 from yaml import YAMLError
 
-from rst import distributed
-from rst.record import Run
-from rst.settings import KNOWN, check, check_groups, unknown_setting
+if TYPE_CHECKING:
+    from rst.record import Run
+
+# PyTorch takes over a second to import, and `python train.py --help` needs nothing of it: what imports it is
+# imported where it is used.
 
 log = logging.getLogger(__name__)
 _failures: list[Exception] = []
@@ -63,8 +64,11 @@ def recipe(protocol: str | None, dataset: str, model: str, augment: str) -> str:
 OmegaConf.register_new_resolver("recipe", recipe, replace=True)
 
 
-def describe(cfg: DictConfig, hydra_cfg: HydraConf) -> Run:
+def describe(cfg: DictConfig, hydra_cfg: HydraConf) -> "Run":
     """The run that a composed configuration and Hydra's part of it stand for."""
+    from rst.record import Run
+    from rst.settings import check, check_groups
+
     chosen = hydra_cfg.runtime.choices.items()
     choices = {str(group): str(name) for group, name in chosen if not str(group).startswith("hydra/")}
     command = shlex.join(["python", "train.py", *hydra_cfg.overrides.task])
@@ -87,6 +91,8 @@ def task(function: Callable[[DictConfig], object]) -> Callable[[DictConfig], Non
     def wrapped(cfg: DictConfig) -> None:
         if multiprocessing.current_process().name != "MainProcess":
             _end_with_parent()
+        from rst import distributed
+
         if not distributed.is_first():
             logging.disable(logging.WARNING)
         try:
@@ -125,10 +131,6 @@ def launch(main: Callable[[], None]) -> None:
     try:
         if hasattr(main, "__wrapped__"):  # by Hydra, whose parser would answer with ten lines of usage
             _check_options()
-        if distributed.is_launched() and {"-m", "--multirun"} & set(sys.argv):
-            raise ValueError(
-                "torchrun is for one run on several devices: leave -m out, or leave torchrun out"
-            )
         main()
         if _failures:
             raise _failures[0]
@@ -137,6 +139,8 @@ def launch(main: Callable[[], None]) -> None:
     except Exception as error:
         if full_traceback:
             raise
+        from rst import distributed
+
         rank = "" if distributed.is_first() else f"rank {os.environ['RANK']}: "
         sys.exit(f"error: {rank}{one_line(error)}")
 
@@ -148,12 +152,19 @@ def _origin(error: Exception) -> Exception:
 
 
 def _check_options() -> None:
-    """Refuse arguments that are neither a setting nor one of Hydra's options.
+    """Refuse arguments that are neither a setting nor one of Hydra's options, and a sweep under torchrun.
 
     Raises:
         ValueError: naming the first of them.
     """
-    _, unknown = get_args_parser().parse_known_args()
+    options, unknown = get_args_parser().parse_known_args()
+    if options.multirun:
+        from rst import distributed
+
+        if distributed.is_launched():
+            raise ValueError(
+                "torchrun is for one run on several devices: leave -m out, or leave torchrun out"
+            )
     for argument in unknown:
         if argument.startswith("-"):
             name = argument.lstrip("-").partition("=")[0]
@@ -164,12 +175,14 @@ def _check_options() -> None:
 
 def _explained(error: Exception, cfg: DictConfig) -> Exception:
     """What a user can do about a failure that only names what the machine did."""
+    from torch import OutOfMemoryError
+
     chain = list(_chain(error))
     deaths = [text for text in map(str, chain) if "DataLoader worker" in text]
     if deaths:
         return _worker_death(deaths[-1])
     for cause in chain:
-        if isinstance(cause, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(cause):
+        if isinstance(cause, MemoryError | OutOfMemoryError) or "can't allocate memory" in str(cause):
             return _out_of_memory(str(cause), cfg)
     if isinstance(error, FloatingPointError):
         return FloatingPointError(f"method={HydraConfig.get().runtime.choices['method']}: {error}")
@@ -217,6 +230,8 @@ def _out_of_memory(text: str, cfg: DictConfig) -> MemoryError:
 
 def one_line(error: Exception) -> str:
     """The error's message on one line, with the choices where an option of a group is unknown."""
+    from rst.settings import KNOWN, unknown_setting
+
     if isinstance(error, MissingConfigException) and error.options:
         group, _, option = str(error.missing_cfg_file).rpartition("/")
         return f"unknown {group} '{option}': choose from {', '.join(sorted(error.options))}"
