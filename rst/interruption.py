@@ -41,13 +41,13 @@ class Interruption:
             signal.set_wakeup_fd(self._former_fd)
             for number, handler in self._former.items():
                 signal.signal(number, handler)
-            os.close(self._write)
+            os.write(self._write, b"\0")  # no signal's number: its end
             self._listener.join()
+            os.close(self._write)
             os.close(self._read)
 
     def _listen(self) -> None:
-        while byte := os.read(self._read, 1):
-            number = byte[0]
+        while number := os.read(self._read, 1)[0]:
             if number not in SIGNALS:  # one that has a handler of its own
                 continue
             if self.signal is not None:

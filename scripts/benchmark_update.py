@@ -159,7 +159,7 @@ def steps(settings: Settings) -> Iterator[Figure]:
     step of `rst.engine`, with batch, L2, clipping and checks. Its limit is the engine's own SGD step +
     (η − 1)·(bare propagation).
     """
-    cases = [("resnet20", 128, 3), ("cifar_resnet18", 32, 1), ("wrn16_4", 32, 1)]
+    cases = [("resnet20", 128, 2), ("cifar_resnet18", 32, 1), ("wrn16_4", 32, 1)]
     for name, batch_size, more in [("resnet8", 8, 1)] if settings.quick else cases:
         yield from _steps(name, batch_size, more * settings.rounds)
 
