@@ -289,7 +289,7 @@ def _count(value: Estimate, asked: str = "") -> str:
 
 def index(results: Path) -> str:
     """The results folder's README.md: of each protocol's folder its tables with their files, runs, commits
-    and dates, all of it read from what lies there."""
+    and dates, and links to the benchmarks, all of it read from what lies there."""
     parts = [
         "# Results",
         "Written with the tables. `make reproduce-tables PROTOCOL=… TABLE=…` runs what is missing of a table "
@@ -297,7 +297,9 @@ def index(results: Path) -> str:
     ]
     for folder in sorted(path for path in results.iterdir() if path.is_dir()):
         names = sorted(path.stem for path in folder.glob("*.md") if path.with_suffix(".csv").exists())
-        if names:
+        if names and folder.name == "benchmark":  # of machines, not of runs
+            parts += ["## benchmark", _links([folder / f"{name}.md" for name in names], results)]
+        elif names:
             data = _links([folder / "runs.csv", folder / "curves.csv"], results)
             lines = [_index_line(folder, name, names) for name in names]
             parts += [f"## {folder.name}", _pipes(lines), f"Runs and epochs: {data}" if data else ""]

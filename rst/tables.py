@@ -66,9 +66,11 @@ def write_runs(frame: pd.DataFrame, path: Path) -> None:
 
 
 def read_runs(path: Path) -> pd.DataFrame:
-    """The frame given to `write_runs`, equal in every value and type."""
+    """The frame given to `write_runs`, equal in every value and type. A column that is younger than the file
+    is empty."""
     frame = _read_text(path)
-    return frame.astype({name: dtype for name, dtype in _TYPES.items() if name in frame})
+    frame = frame.reindex(columns=[*_TYPES, *(name for name in frame if name not in _TYPES)])
+    return frame.astype(_TYPES)
 
 
 def curves_frame(metrics: Mapping[str, Iterable[Mapping[str, Any]]]) -> pd.DataFrame:

@@ -407,8 +407,13 @@ def test_index_lists_what_is_there(tmp_path):
     names = ("overview.png", "overview.pdf", "overview_curves.png", "overview_long_curves.pdf", "other.png")
     for name in (*names, "runs.csv", "curves.csv"):
         (quick / name).touch()
+    (tmp_path / "benchmark").mkdir()
+    for suffix in ("md", "csv"):
+        (tmp_path / "benchmark" / f"some-host.{suffix}").touch()
     text = index(tmp_path)
-    assert re.findall("^#.*", text, re.MULTILINE) == ["# Results", "## paper", "## quick"]
+    headings = ["# Results", "## benchmark", "## paper", "## quick"]
+    assert re.findall("^#.*", text, re.MULTILINE) == headings
+    assert "[some-host.md](benchmark/some-host.md)" in text
     ((methods,), (overview, long)) = pipe_tables(text)
     assert overview == {
         "Table": "A title",

@@ -112,6 +112,14 @@ def test_runs_csv_keeps_every_value_and_type(tmp_path):
     assert [file.name for file in sorted(tmp_path.iterdir())] == ["again.csv", "runs.csv"]
 
 
+def test_a_file_that_is_older_than_a_column(tmp_path):
+    frame = runs_frame(awkward())
+    frame.drop(columns=["ranks", "threads"]).to_csv(tmp_path / "runs.csv", index=False)
+    again = read_runs(tmp_path / "runs.csv")
+    assert again[["ranks", "threads"]].isna().all(axis=None)
+    assert_frame_equal(again.drop(columns=["ranks", "threads"]), frame.drop(columns=["ranks", "threads"]))
+
+
 def test_none_and_nan_are_missing_and_numbers_stay_text_where_they_are_names():
     frame = runs_frame(awkward()).set_index("id")
     assert frame.index.tolist() == ["00012345", "0e000002", "0e000010", "2e000001"]
