@@ -32,7 +32,7 @@ _NOTES = {
     "difference_to_baseline": _DIFFERENCE,
     "eta": _ETA,
     "eta_expected": _ETA,
-    "time": "Time: training seconds over {}'s, given for the same host, device and thread count only.",
+    "time": "Time: training seconds over {}'s, given for the same host, device, ranks and thread count only.",
     "best_epoch": "Best epoch: chosen on the test data, hence too low; the last epoch is the result.",
 }
 _MATRIX = (

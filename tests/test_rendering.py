@@ -216,7 +216,7 @@ def test_what_is_equal_in_all_settings_is_said_once():
         "Code: commit 1234567, dirty False.",
         "Software: python 3.11.7, torch 2.9.0, cuda none, rst 0.1.0.",
     ]
-    machine = "Machine: host {}, device cpu, device_name Xeon (2 cores), threads 1."
+    machine = "Machine: host {}, device cpu, device_name Xeon (2 cores), ranks 1, threads 1."
     assert first == ["Runs: 15, finished 2026-11-21 (UTC).", machine.format("box")]
     assert second == [
         "RST failed: seed 1: no memory.",

@@ -61,6 +61,7 @@ def record(method, seed, error, **changes):
         "device": "cpu",
         "device_name": "Xeon (2 cores)",
         "threads": 1,
+        "ranks": "1",
         "finished": "2026-11-21T22:00:00+00:00",
     }
     assert set(changes) <= set(values)
@@ -361,6 +362,7 @@ def test_a_published_value_needs_a_source():
     [
         ({"host": "other"}, False),
         ({"threads": 2}, False),
+        ({"ranks": "2"}, False),
         ({"device_name": "Epyc"}, False),
         ({"device": "cuda"}, False),
         ({"host": None}, False),
@@ -385,7 +387,7 @@ def test_provenance():
         "Sample: n 5, seeds 0 1 2 3 4.",
         "Code: commit 1234567, dirty False.",
         "Software: python 3.11.7, torch 2.9.0, cuda none, rst 0.1.0.",
-        "Machine: host box, device cpu, device_name Xeon (2 cores), threads 1.",
+        "Machine: host box, device cpu, device_name Xeon (2 cores), ranks 1, threads 1.",
     ]
 
 
