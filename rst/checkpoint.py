@@ -153,11 +153,14 @@ def load(path: Path, run_id: str) -> dict[str, Any] | None:
             state = _read(candidate)
         except FileNotFoundError:
             continue
+        except (OSError, MemoryError):  # of the machine, not of the file
+            raise
         except Exception as error:  # whatever the readers of zip files and pickles trip over
             reasons.append(f"{candidate} is damaged ({str(error).split('. ')[0] or type(error).__name__})")
             continue
         if candidate != path:
             log.warning("%s: going on from the checkpoint before it", *reasons or [f"{path} is missing"])
+            path.unlink(missing_ok=True)  # or the next save would keep it in place of the one that is whole
         if (schema := state.get("schema")) != SCHEMA:
             raise ValueError(
                 f"{candidate} is of schema {schema}, and this version reads {SCHEMA}: go on with the version "
@@ -183,7 +186,7 @@ def _read(path: Path) -> dict[str, Any]:
             left -= len(chunk)
             digest.update(chunk)
         if left < 0 or file.read() != digest.digest():
-            raise ValueError("its checksum differs")
+            raise ValueError("its checksum differs, or it is older than checksums")
     state = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(state, dict):
         raise ValueError("it holds no run")

@@ -7,7 +7,7 @@ import platform
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -46,10 +46,12 @@ def lease(name: str, wait: bool) -> Iterator[torch.device]:
     is the rank's own, not leased.
     """
     if distributed.is_launched():
-        yield pick_device(distributed.device_of_rank(name))
-        return
+        name = distributed.device_of_rank(name)
     if name not in ("auto", "cuda") or not torch.cuda.is_available():
-        yield pick_device(name)
+        device = pick_device(name)
+        # Current, as it is where PyTorch records events and pins memory.
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            yield device
         return
     # By UUID, as numbers follow CUDA_VISIBLE_DEVICES, which differs between processes.
     ids = [str(torch.cuda.get_device_properties(i).uuid) for i in range(torch.cuda.device_count())]
@@ -96,7 +98,9 @@ def keep_memory() -> None:
     nothing happens."""
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
-        libc.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD, in bytes: the most that is not a mapping of its own
+        # M_MMAP_THRESHOLD, in bytes: the most that is not a mapping of its own. Older versions allow 32 MiB.
+        if not libc.mallopt(-3, 2**30):
+            libc.mallopt(-3, 2**25)
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: free memory that is kept
 
 

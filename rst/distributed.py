@@ -46,7 +46,7 @@ def device_of_rank(name: str) -> str:
     if name not in ("cuda", "cpu"):
         raise ValueError(f"under torchrun device must be auto, cuda or cpu, got {name}")
     local_rank, local_ranks = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
-    if name == "cpu":
+    if name == "cpu" or not torch.cuda.is_available():
         return name
     if local_ranks > torch.cuda.device_count():
         raise ValueError(
@@ -73,7 +73,8 @@ def process_group(device: torch.device) -> Iterator[None]:
         yield
     except RuntimeError as error:
         if isinstance(error, dist.DistError) or "gloo" in str(error):
-            raise ConnectionError("another rank has ended: see what it and torchrun say") from error
+            cause = str(error).splitlines()[0]
+            raise ConnectionError(f"another rank has ended or cannot be reached: {cause}") from error
         raise
     # Not after an error: the others may be waiting in a collective, and this process is about to end.
     dist.destroy_process_group()

@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Generator, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from typing import Any
 
 import torch
@@ -123,7 +123,7 @@ class Training:
     def _figures_dtype(self) -> torch.dtype:
         return torch.float32 if self.device.type == "mps" else torch.float64
 
-    def run(self, stop: Callable[[], bool] = lambda: False) -> Iterator[dict[str, Any] | None]:
+    def run(self, stop: Callable[[], bool] = lambda: False) -> Generator[dict[str, Any] | None, None, None]:
         """Train what is left. Yields None after each step and each batch of an evaluation, after each epoch
         its metrics (times in seconds, loss in nats); at each of these points the run can be saved and left.
 
@@ -150,18 +150,17 @@ class Training:
     def _train_epoch(self, stop: Callable[[], bool]) -> Iterator[None]:
         self.model.train()
         epoch = len(self.metrics)
-        batches = train_batches(
-            self.data, self.batch_size, self.augment, self.seed, epoch, self._done, self.rank, self.ranks
-        )
-        while self._done < self.steps_per_epoch:
-            asked = time.perf_counter()
-            images, labels = next(batches)
-            begun = time.perf_counter()
-            self._step(images, labels, epoch * self.steps_per_epoch + self._done, stop)
-            self._done += 1
-            self._seconds_data += begun - asked
-            self._seconds_train += time.perf_counter() - begun
-            yield
+        arguments = self.data, self.batch_size, self.augment, self.seed, epoch, self._done
+        with closing(train_batches(*arguments, self.rank, self.ranks)) as batches:
+            while self._done < self.steps_per_epoch:
+                asked = time.perf_counter()
+                images, labels = next(batches)
+                begun = time.perf_counter()
+                self._step(images, labels, epoch * self.steps_per_epoch + self._done, stop)
+                self._done += 1
+                self._seconds_data += begun - asked
+                self._seconds_train += time.perf_counter() - begun
+                yield
 
     def _settle(self) -> None:
         begun = time.perf_counter()
@@ -225,10 +224,9 @@ class Training:
         summed = distributed.sum_over_ranks(torch.stack([f.to(self._figures_dtype) for f in figures]))
         self._sums += summed[:2]
         self.guard.look_at(summed, step)
-        scale = self.scaler.get_scale()
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        self.guard.count(self.scaler.get_scale() < scale, step)  # an overflow lowers it
+        self.guard.count(self.optimizer.has_gradient, step)  # left there when the scaler skips the step
 
     def _local_unless(self, is_last: bool) -> AbstractContextManager[Any]:
         """Of several backward passes, only the last one's gradients go to the other ranks."""
@@ -240,20 +238,15 @@ class Training:
         sums = torch.zeros(2, dtype=self._figures_dtype, device=self.device)
         seconds = 0.0
         batch_size, n_images = self.batch_size // self.ranks, len(self.data.test_labels)
-        batches = evaluation_batches(self.data, batch_size, self.rank, self.ranks)
         n_batches = math.ceil(math.ceil(n_images / self.ranks) / batch_size)  # of the rank that has most
-        for _ in range(n_batches):
-            begun = time.perf_counter()
-            if (batch := next(batches, None)) is not None:
-                images, labels = batch
-                with torch.inference_mode():
-                    with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
-                        logits = self.network(images)
-                        loss = F.cross_entropy(logits, labels, reduction="sum")
-                    sums += torch.stack([loss.to(sums), (logits.argmax(1) == labels).sum().to(sums)])
-            self.guard.stopping = distributed.any_rank(stop(), self.device)
-            seconds += time.perf_counter() - begun
-            yield
+        with closing(evaluation_batches(self.data, batch_size, self.rank, self.ranks)) as batches:
+            for _ in range(n_batches):
+                begun = time.perf_counter()
+                if (batch := next(batches, None)) is not None:
+                    sums += self._evaluate_batch(*batch).to(sums)
+                self.guard.stopping = distributed.any_rank(stop(), self.device)
+                seconds += time.perf_counter() - begun
+                yield
         begun = time.perf_counter()
         loss_sum, n_correct = distributed.sum_over_ranks(sums).tolist()
         return {
@@ -261,6 +254,14 @@ class Training:
             "test_accuracy": n_correct / n_images,
             "seconds_evaluate": seconds + time.perf_counter() - begun,
         }
+
+    @torch.inference_mode()
+    def _evaluate_batch(self, images: Tensor, labels: Tensor) -> Tensor:
+        """Sum of the loss, and right answers."""
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
+            logits = self.network(images)
+            loss = F.cross_entropy(logits, labels, reduction="sum")
+        return torch.stack([loss, (logits.argmax(1) == labels).sum().to(loss)])
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a resumed run needs; what is random needs nothing (see `rst.draws`).

@@ -38,7 +38,7 @@ class Guard:
         host = torch.empty(len(figures), dtype=figures.dtype, pin_memory=True)
         host.copy_(figures, non_blocking=True)
         event = torch.cuda.Event()
-        event.record()
+        event.record(torch.cuda.current_stream(self.device))
         self._unread = host, event, step
 
     def settle(self) -> None:

@@ -73,6 +73,7 @@ class RST(torch.optim.Optimizer):
 
     Attributes:
         steps, sam_steps, propagations: what was done so far; saved in `state_dict`.
+        has_gradient: whether `gradient` was called and `step` not yet.
     """
 
     def __init__(
@@ -107,7 +108,7 @@ class RST(torch.optim.Optimizer):
         self.module = module
         self.seed = seed
         self.steps = self.sam_steps = self.propagations = 0
-        self._has_gradient = False
+        self.has_gradient = False
         self._spares: dict[Tensor, Tensor] = {}
         self._follow_base()
 
@@ -133,14 +134,14 @@ class RST(torch.optim.Optimizer):
         if not -1e-9 <= p <= 1 + 1e-9:
             raise ValueError(f"the schedule gave p = {p} at step {self.steps}, which is no probability")
         is_sam = uniform(self.seed, self.steps) < p
-        self._has_gradient = False
+        self.has_gradient = False
         self.zero_grad(set_to_none=True)
         with torch.enable_grad():
             loss = self._sam_gradient(closure) if is_sam else self._clean_pass(closure)
         self.steps += 1
         self.sam_steps += is_sam
         self.propagations += 1 + is_sam
-        self._has_gradient = True
+        self.has_gradient = True
         return loss
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -150,9 +151,9 @@ class RST(torch.optim.Optimizer):
             RuntimeError: without a closure and without `gradient(closure)` since the last step.
         """
         loss = None if closure is None else self.gradient(closure)
-        if not self._has_gradient:
+        if not self.has_gradient:
             raise RuntimeError("step() has no gradient: call gradient(closure) before it, or step(closure)")
-        self._has_gradient = False
+        self.has_gradient = False
         self.base.step()
         return loss
 
@@ -288,7 +289,7 @@ class RST(torch.optim.Optimizer):
         self.base.load_state_dict({key: value for key, value in state_dict.items() if key != "rst"})
         for counter in ("steps", "sam_steps", "propagations"):
             setattr(self, counter, state_dict["rst"][counter])
-        self._has_gradient = False
+        self.has_gradient = False
 
 
 def _swap(perturbed: dict[Tensor, Tensor]) -> None:

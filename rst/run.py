@@ -1,7 +1,7 @@
 """One run, from its configuration to its result."""
 
 import logging
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from typing import Any
 
 import torch
@@ -85,22 +85,28 @@ def fit(
         done = f", the first {optimizer.steps} done before" if optimizer.steps else ""
         log.info("%s: %d steps on %s%s", run.folder, optimizer.total_steps, made_with["device_name"], done)
 
-    with Progress(training, verbose) as progress, tracker, Interruption() as interruption:
-        for metrics in training.run(interruption.requested):  # after each step; of an epoch that has ended
+    with (
+        Progress(training, verbose) as progress,
+        tracker,
+        Interruption() as interruption,
+        closing(training.run(interruption.requested)) as points,  # at an error, too, data workers are to end
+    ):
+        for metrics in points:  # None after a step
+            # Before a checkpoint, which waits for a GPU, and may learn more than the other ranks know.
+            stopping = training.guard.stopping
             epochs = None if metrics is None else metrics["epoch"]
             if metrics is not None and is_first:
                 run.append(metrics)
                 tracker.log(metrics)
-            is_due = (
-                every.is_due(optimizer.steps, epochs) or epochs == training.epochs or training.guard.stopping
-            )
+            is_due = every.is_due(optimizer.steps, epochs) or epochs == training.epochs or stopping
             if is_due and is_first:
                 content = {"training": training.state_dict(), "made": made}
                 checkpoint.save(run.checkpoint, content, run.id)
             progress.update(metrics)
-            if training.guard.stopping:
+            if stopping:
                 distributed.barrier()
                 interruption.end()
+                training.guard.stopping = False
         figures = {
             **summarize(training.metrics),
             "expected_propagations": expected_propagations(optimizer.schedule, optimizer.total_steps),

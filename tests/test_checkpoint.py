@@ -71,7 +71,10 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, damage, cap
         path.write_bytes({"truncated": content[: len(content) // 2], "empty": b"", "garbage": b"abc"}[damage])
     loaded = checkpoint.load(path, "id")
     assert loaded["epoch"] == 1.0 and torch.equal(loaded["w"], torch.ones(1000))
-    (record,) = caplog.records
+    checkpoint.save(path, {"epoch": 3.0}, "id")  # which does not put the damaged one in the whole one's place
+    path.unlink()
+    assert checkpoint.load(path, "id")["epoch"] == 1.0
+    record = caplog.records[0]
     reason = "is missing" if damage == "gone" else "is damaged ("
     assert reason in record.message and record.message.endswith("going on from the checkpoint before it")
 

@@ -4,6 +4,7 @@ import copy
 import io
 import itertools
 import math
+import multiprocessing
 from dataclasses import replace
 
 import pytest
@@ -11,10 +12,11 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rst import RST, Constant
-from rst.data import Augment, ImageData, train_batches
+from rst.data import Augment, ImageData, image_folder, train_batches
 from rst.engine import Training
 from rst.lr_schedule import constant, cosine, step
 
@@ -428,3 +430,34 @@ def test_compiled_dropout_is_the_same_in_both_passes():
         optimizer.gradient(closure)
         gradients.append(model[2].weight.grad.clone())
     assert torch.equal(*gradients) and gradients[0].abs().sum() > 0
+
+
+@pytest.fixture
+def streamed(tmp_path):
+    """Images in files, which another process decodes."""
+    for split in ("train", "test"):
+        for name in ("a", "b", "c"):
+            (tmp_path / split / name).mkdir(parents=True)
+            for i in range(4):
+                Image.new("L", (4, 4), 20 * i).save(tmp_path / split / name / f"{i}.png")
+    return image_folder(str(tmp_path), in_memory=False, workers=1)
+
+
+@pytest.mark.parametrize("how", ["an error in a step", "left after a step"])
+def test_data_workers_end_with_the_epoch_they_work_for(how, streamed, monkeypatch):
+    """Also while the error is kept, with all that its traceback holds: Python waits for them at its end."""
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.LazyLinear(3))
+    model(torch.zeros(1, *streamed.train_images.shape[1:]))
+    optimizer = RST(torch.optim.SGD(model.parameters(), lr=0.1), Constant(0.0), 100, module=model)
+    run = Training(model, optimizer, cosine, streamed, Augment(), epochs=1, batch_size=4, seed=0)
+    points = run.run()
+    next(points)
+    assert multiprocessing.active_children()
+    if how == "left after a step":
+        points.close()
+    else:
+        monkeypatch.setattr(run, "_step", lambda *arguments: 1 / 0)
+        with pytest.raises(ZeroDivisionError) as kept:
+            next(points)
+        assert kept.tb
+    assert not multiprocessing.active_children()

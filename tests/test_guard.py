@@ -54,8 +54,8 @@ class Event:
 
     waited = 0
 
-    def record(self):
-        pass
+    def record(self, stream):
+        assert stream == "of cuda"
 
     def synchronize(self):
         Event.waited += 1
@@ -64,6 +64,7 @@ class Event:
 def test_on_a_gpu_a_step_is_read_during_the_next_one(monkeypatch):
     empty = torch.empty
     monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"of {device}")
     monkeypatch.setattr(torch, "empty", lambda *size, pin_memory, **options: empty(*size, **options))
     guard = Guard(torch.device("cuda"), scaled=False, steps_per_epoch=10)
     guard.look_at(figures(stop=1.0), 0)

@@ -98,6 +98,41 @@ def test_a_second_signal_ends_the_process_in_the_middle_of_a_long_operation():
     assert time.monotonic() - sent < 1
 
 
+def repeated(number, echo):
+    """The exit code of a process that gets a signal twice, 0.3 s apart; it would end by itself with 3."""
+    code = (
+        f"import time; from rst import interruption; interruption.ECHO = {echo}\n"
+        "with interruption.Interruption():\n"
+        "    print('ready', flush=True); time.sleep(1.5)\n"
+        "raise SystemExit(3)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "ready\n"
+    for _ in range(2):
+        process.send_signal(number)
+        time.sleep(0.3)
+    return process.wait(10)
+
+
+def test_the_echo_of_a_scheduler_is_no_second_signal():
+    """Slurm tells every process of a job, and torchrun passes on what it was told."""
+    assert repeated(signal.SIGTERM, echo=5.0) == 3
+    assert repeated(signal.SIGTERM, echo=0.1) == 128 + signal.SIGTERM
+    assert repeated(signal.SIGINT, echo=5.0) == 128 + signal.SIGINT
+
+
+def test_ignored_signals_stay_ignored():
+    former = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with Interruption() as interruption:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.1)
+            assert not interruption.requested()
+            assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, former)
+
+
 class Started:
     """`python train.py` as a process of its own, in training."""
 

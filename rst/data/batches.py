@@ -1,6 +1,6 @@
 """Batches whose order and augmentation follow from (seed, epoch), so a run resumes at any of them."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ def train_batches(
     start: int = 0,
     rank: int = 0,
     ranks: int = 1,
-) -> Iterator[tuple[Tensor, Tensor]]:
+) -> Generator[tuple[Tensor, Tensor], None, None]:
     """One epoch of (images, labels) from batch `start` on, on the data's device; of `ranks` processes, the
     share of one in each batch of `batch_size` images.
 
@@ -41,7 +41,8 @@ def train_batches(
     n = len(data.train_labels)
     order = torch.randperm(n, generator=draws.generator(seed, "order", epoch))
     host_bits = draw_augmentation(seed, epoch, n)
-    # To the device once an epoch, so that no step copies from the host (autoaugment's does: see there).
+    # To the device once an epoch, so that no step copies from the host. AutoAugment's does: the host groups
+    # its operations.
     there, bits = order.to(device), host_bits.to(device)
     weights = augment.mixup_weights(host_bits).to(device) if augment.mixup else None
     mean, std = torch.tensor(data.mean, device=device), torch.tensor(data.std, device=device)
@@ -71,17 +72,14 @@ def _share(batch_size: int, rank: int, ranks: int) -> Tensor:
     that mixup's partner of an image is in the same share, at its mirrored place."""
     if ranks == 1:
         return torch.arange(batch_size)
-    if batch_size % (2 * ranks):
-        raise ValueError(
-            f"batch_size={batch_size} must be divisible by {2 * ranks}, twice the number of processes"
-        )
+    assert batch_size % (2 * ranks) == 0, "which Training refuses"
     front = torch.arange(batch_size // 2).chunk(ranks)[rank]
     return torch.cat([front, batch_size - 1 - front.flip(0)])
 
 
 def evaluation_batches(
     data: ImageData, batch_size: int, rank: int = 0, ranks: int = 1
-) -> Iterator[tuple[Tensor, Tensor]]:
+) -> Generator[tuple[Tensor, Tensor], None, None]:
     """All test images in order, normalized only; the last batch may be smaller. Of `ranks` processes, the
     part of one: each image is in exactly one part."""
     device = data.test_images.device

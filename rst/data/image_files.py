@@ -99,7 +99,7 @@ class ImageFiles:
 
 def _context() -> BaseContext:
     """The platform's own way to start processes. joblib's, the default within its processes, cannot do it."""
-    return get_context("fork" if "fork" in get_all_start_methods() else "spawn")
+    return get_context(get_all_start_methods()[0])
 
 
 def _begun(loader: DataLoader) -> Iterator[Any]:
@@ -116,7 +116,7 @@ def _begun(loader: DataLoader) -> Iterator[Any]:
 
 def _begin_worker(parent: int, number: int) -> None:
     """What PyTorch's workers leave out: they end with their parent, but only if they saw it alive; and they
-    hold its pipe for signals open, whose end it waits for."""
+    hold its pipe for signals open."""
     if os.getppid() != parent:
         os._exit(1)
     pipe = signal.set_wakeup_fd(-1)
