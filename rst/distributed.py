@@ -77,6 +77,7 @@ def process_group(device: torch.device) -> Iterator[None]:
             raise ConnectionError(f"another rank has ended or cannot be reached: {cause}") from error
         raise
     # Not after an error: the others may be waiting in a collective, and this process is about to end.
+    dist.barrier()  # nor while one of them is still at it
     dist.destroy_process_group()
 
 

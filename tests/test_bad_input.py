@@ -413,7 +413,7 @@ def of_the_future(folder):
 
 
 CHECKPOINTS = {
-    damaged: r"{file} is damaged \(its checksum differs\) and {previous} is damaged \(.*\): remove it, and",
+    damaged: r"{file} is damaged \(its checksum differs.*\) and {previous} is damaged \(.*\): remove it, and",
     of_another_run: r"{file} is of a run with another configuration \(0123abcd, not {id}\): remove it, and",
     of_the_future: r"{file} is of schema 99, and this version reads 1: go on with the version that wrote it",
 }

@@ -65,6 +65,7 @@ def test_every_section_is_tested():
     assert EXPECTED.keys() == benchmark.SECTIONS.keys()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EXPECTED)
 def test_section(name, tmp_path):
     figures = benchmark.measure([name], QUICK)

@@ -58,6 +58,7 @@ def test_killed_runs_end_as_undisturbed_ones(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_resume_that_loses_something_is_noticed(tmp_path):
     done = command(sys.executable, "-c", BROKEN, env={"TMPDIR": str(tmp_path)})
     reasons = [": /checkpoint.pt/model/stem.0.weight differs", " it exited with 1", ": only one has /files/."]
