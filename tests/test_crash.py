@@ -46,6 +46,7 @@ fails(load, lambda folder: None)
 """
 
 
+@pytest.mark.slow
 def test_killed_runs_end_as_undisturbed_ones(tmp_path):
     """With a fixed seed, and a random one, which the message of a failure has."""
     places = {"TMPDIR": str(tmp_path)}

@@ -159,6 +159,7 @@ def state_of(folder):
     return torch.load(folder / "checkpoint.pt", weights_only=True)["training"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_run_ends_in_order_and_goes_on_from_there(number, tmp_path, run_train):
     started = Started(tmp_path)
@@ -177,6 +178,7 @@ def test_a_run_ends_in_order_and_goes_on_from_there(number, tmp_path, run_train)
         assert json.loads((started.folder / "result.json").read_text())["steps"] == 48
 
 
+@pytest.mark.slow
 def test_two_signals_leave_the_last_checkpoint_whole(tmp_path):
     started = Started(tmp_path, "batch_size=1296", "model.width=64")  # a step of seconds
     code, seconds = started.end(signal.SIGINT, signal.SIGINT)

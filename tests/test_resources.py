@@ -215,6 +215,7 @@ def test_workers_end_at_once_with_the_epoch(batches_taken, images):
     assert [worker.exitcode for worker in workers] == [0, 0]
 
 
+@pytest.mark.slow
 def test_workers_end_with_a_main_process_that_is_killed(images):
     code = (
         "import sys; from rst.data import evaluation_batches, image_folder\n"
