@@ -31,7 +31,7 @@ test: .venv/stamp
 
 # What kills drivers, starts two of them, or goes through a cluster's launcher.
 test-slow: .venv/stamp
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n 1
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
 
 # Kills 78 small runs at 20 random points each: 40 minutes on one core.
 crash-test: .venv/stamp

@@ -29,9 +29,9 @@ class Interruption:
         self.signal: int | None = None
         self._former: dict[int, Any] = {}
         self._noted_at = 0.0
+        self._listener: threading.Thread | None = None
 
     def __enter__(self) -> Self:
-        self._listener: threading.Thread | None = None
         if threading.current_thread() is threading.main_thread():
             # Python runs handlers in the main thread, which may be within one long backward pass, and two
             # signals by then are one to it. Through the pipe each is heard as it comes.

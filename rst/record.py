@@ -122,11 +122,12 @@ class Run:
             return None
         try:
             result = json.loads(path.read_text())
-            if result["schema"] == SCHEMA and result["id"] == self.id:
-                return result
-            reason = f"is of schema version {result['schema']}, not {SCHEMA}"
-            if result["schema"] == SCHEMA:
+            if result["schema"] != SCHEMA:
+                reason = f"is of schema version {result['schema']}, not {SCHEMA}"
+            elif result["id"] != self.id:
                 reason = f"is of a run with another configuration ({result['id']}, not {self.id})"
+            else:
+                return result
         except (ValueError, KeyError, TypeError) as error:
             reason = f"is damaged ({error})"
         if warn:
