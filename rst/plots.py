@@ -225,9 +225,11 @@ def _draw_curves(grid: np.ndarray, curves: pd.DataFrame, look: dict[str, Any]) -
     mean, std = epochs.mean(), epochs.std()
     for line, name in zip(grid, ("test_error", "train_loss"), strict=True):
         low, high = mean[name] - std[name], mean[name] + std[name]
+        measured = mean[name].notna()  # not every epoch need be evaluated
         for axes, x in zip(line, (mean.index, mean["propagations"]), strict=True):
-            axes.plot(x, mean[name], lw=1.2, ms=4, **look)
-            axes.fill_between(x, low, high, color=look["color"], alpha=0.1, lw=0)
+            x, y, below, above = (of[measured] for of in (x, mean[name], low, high))
+            axes.plot(x, y, lw=1.2, ms=4, **look)
+            axes.fill_between(x, below, above, color=look["color"], alpha=0.1, lw=0)
 
 
 def _logarithmic(axes: Axes) -> None:

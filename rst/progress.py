@@ -33,9 +33,10 @@ class Progress:
         self.bar.update(self.training.optimizer.steps - self.bar.n)
         if metrics is None:
             return
-        self.bar.set_postfix_str(f"epoch {metrics['epoch']}, test {metrics['test_accuracy']:.2%}")
+        is_evaluated = "test_accuracy" in metrics
+        if is_evaluated:
+            self.bar.set_postfix_str(f"epoch {metrics['epoch']}, test {metrics['test_accuracy']:.2%}")
         if self.shown and self.bar.disable:
-            log.info(
-                "epoch {epoch}: train loss {train_loss:.4f}, test loss {test_loss:.4f}, "
-                "test accuracy {test_accuracy:.4f}, propagations {propagations}".format(**metrics)
-            )
+            test = "test loss {test_loss:.4f}, test accuracy {test_accuracy:.4f}, " * is_evaluated
+            line = "epoch {epoch}: train loss {train_loss:.4f}, " + test + "propagations {propagations}"
+            log.info(line.format(**metrics))

@@ -232,7 +232,9 @@ class Run:
 
 def summarize(metrics: list[dict[str, Any]]) -> dict[str, Any]:
     """A run's figures from its epochs' metrics: the last epoch's, the best test accuracy, summed seconds."""
-    last, best = metrics[-1], max(metrics, key=lambda row: row["test_accuracy"])  # the earliest of the best
+    last = metrics[-1]
+    evaluated = [row for row in metrics if "test_accuracy" in row]
+    best = max(evaluated, key=lambda row: row["test_accuracy"])  # the earliest of the best
     kept = (
         "steps",
         "sam_steps",
@@ -243,7 +245,8 @@ def summarize(metrics: list[dict[str, Any]]) -> dict[str, Any]:
         "train_accuracy",
         "train_loss",
     )
-    seconds = {part: sum(row[f"seconds_{part}"] for row in metrics) for part in ("train", "evaluate", "data")}
+    parts = ("train", "evaluate", "data")
+    seconds = {part: sum(row.get(f"seconds_{part}", 0.0) for row in metrics) for part in parts}
     seconds["total"] = sum(seconds.values())
     return {
         "epochs": last["epoch"],

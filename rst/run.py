@@ -20,7 +20,16 @@ from rst.record import Run, combined, peak_memory_bytes, provenance, reset_peak_
 from rst.tracking import NoTracker, Tracker
 
 log = logging.getLogger("train")
-OF_TRAINING = ["epochs", "batch_size", "seed", "l2", "clip_norm", "precision", "grad_accumulation"]
+OF_TRAINING = (
+    "epochs",
+    "batch_size",
+    "seed",
+    "l2",
+    "clip_norm",
+    "precision",
+    "grad_accumulation",
+    "evaluate_every",
+)
 
 
 def train(run: Run, device: torch.device, verbose: bool) -> dict[str, Any]:

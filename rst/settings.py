@@ -23,6 +23,7 @@ KINDS: dict[str, Any] = {
     "rho": float,
     "l2": float,
     "grad_accumulation": int,
+    "evaluate_every": int,
     "clip_norm": float | None,
     "precision": Literal["fp32", "bf16", "fp16"],
     "channels_last": bool,
@@ -31,7 +32,9 @@ KINDS: dict[str, Any] = {
     "threads": int | None,
     "outputs": str,
 }
-LEAST = {"seed": 0, "epochs": 1, "warmup_epochs": 0, "batch_size": 1, "grad_accumulation": 1, "threads": 1}
+LEAST = {"seed": 0, "warmup_epochs": 0} | dict.fromkeys(
+    ("epochs", "batch_size", "grad_accumulation", "evaluate_every", "threads"), 1
+)
 MOST_THREADS = 1024  # asked for some ten thousand, PyTorch crashes
 
 # What the run itself gives to a group's node, which is `_partial_`.

@@ -97,6 +97,7 @@ SETTINGS = {
     "threads=0": "threads must be a whole number of at least 1, got 0",
     "threads=100000000": "threads must be at most 1024, got 100000000",
     "batch_size=5000": "batch_size must be between 1 and the 1297 training images, got 5000",
+    "evaluate_every=0": "evaluate_every must be a whole number of at least 1, got 0",
     "grad_accumulation=0": "grad_accumulation must be a whole number of at least 1, got 0",
     "grad_accumulation=3": "grad_accumulation must divide the 64 images of a batch that a rank has, got 3",
     "checkpoint.every_steps=0": "checkpoint.every_steps must be a whole number of at least 1, or null, got 0",

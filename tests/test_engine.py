@@ -186,11 +186,12 @@ def assert_equal_state(some, other):
     augment=st.sampled_from(sorted(AUGMENTS)),
     precision=st.sampled_from(["fp32", "bf16", "fp16"]),
     grad_accumulation=st.sampled_from([1, 2]),
+    evaluate_every=st.sampled_from([1, 2]),
     seed=st.integers(0, 2**40),
     sessions=st.lists(st.integers(1, 7), min_size=1, max_size=3),
 )
 def test_resuming_anywhere_continues_bit_for_bit(
-    method, optimizer, augment, precision, grad_accumulation, seed, sessions
+    method, optimizer, augment, precision, grad_accumulation, evaluate_every, seed, sessions
 ):
     """A run that is left at any of its points, in a step's or an evaluation's wake or at an epoch's end."""
 
@@ -201,10 +202,12 @@ def test_resuming_anywhere_continues_bit_for_bit(
         wrapped = RST(base, rule.pop("schedule"), 100, module=model, seed=seed, **rule)
         options = {"precision": precision, "grad_accumulation": grad_accumulation, "l2": L2}
         arguments = {"epochs": 3, "batch_size": BATCH, "seed": seed, "clip_norm": CLIP} | options
+        arguments["evaluate_every"] = evaluate_every
         return Training(model, wrapped, cosine, some_data(), AUGMENTS[augment], **arguments)
 
     whole = start()
-    assert len(list(whole.run())) == 3 * (2 + 2 + 1)  # 2 batches, 2 of the test set, an epoch's end
+    evaluations = 3 if evaluate_every == 1 else 2
+    assert len(list(whole.run())) == 3 * (2 + 1) + evaluations * 2  # batches, epochs' ends, test batches
     run = start()
     for points in sessions:
         for _ in itertools.islice(run.run(), points):
@@ -339,6 +342,15 @@ def test_grad_accumulation_changes_nothing_but_the_rounding():
     for a, b in zip(whole.metrics, parts.metrics, strict=True):
         assert a["train_loss"] == pytest.approx(b["train_loss"], rel=1e-4)
         assert a["train_accuracy"] == b["train_accuracy"] and a["propagations"] == b["propagations"]
+
+
+def test_how_often_is_evaluated_changes_nothing_else():
+    every, second = (epochs_of(training(some_model(), evaluate_every=n)) for n in (1, 2))
+    ours = {"test_loss", "test_accuracy"}
+    assert [ours <= metrics.keys() for metrics in second] == [False, True, True]  # the last one always
+    for one, other in zip(every, second, strict=True):
+        same = other.keys() - {"seconds_train", "seconds_data", "seconds_evaluate"}
+        assert {key: one[key] for key in same} == {key: other[key] for key in same}
 
 
 def test_refuses_settings_that_cannot_be():

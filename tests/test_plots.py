@@ -361,6 +361,16 @@ def test_curves_are_means_over_seeds_with_a_band_of_their_spread(tmp_path):
     assert loss_by_cost.get_xlabel() == "propagations (forward-backward passes)"
 
 
+def test_curves_join_the_epochs_that_were_evaluated(tmp_path):
+    curves = make_curves(seeds=3)
+    curves.loc[curves["epoch"] % 2 == 1, "test_accuracy"] = np.nan
+    (panel,) = training_curves(make_table(seeds=3), curves, tmp_path / "figure").subfigs
+    error, _, loss, _ = panel.axes
+    np.testing.assert_allclose(error.lines[0].get_xdata(), [2, 4])
+    np.testing.assert_allclose(error.lines[0].get_ydata(), [22 / 2, 22 / 4])
+    np.testing.assert_allclose(loss.lines[0].get_xdata(), [1, 2, 3, 4])
+
+
 def looks(axes):
     return {
         line.get_label(): (line.get_color(), str(line._dash_pattern), line.get_marker())

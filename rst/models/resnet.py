@@ -19,7 +19,9 @@ class PaddedShortcut(nn.Module):
         self.new_channels = out_channels - in_channels
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, 0, self.new_channels))
+        # Not a slice, whose gradient is never in channels_last and makes all that it meets convert.
+        subsampled = F.avg_pool2d(x, kernel_size=1, stride=self.stride)
+        return F.pad(subsampled, (0, 0, 0, 0, 0, self.new_channels))
 
 
 def projection(in_channels: int, out_channels: int, stride: int, bias: bool) -> nn.Module:
