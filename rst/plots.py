@@ -226,10 +226,10 @@ def _draw_curves(grid: np.ndarray, curves: pd.DataFrame, look: dict[str, Any]) -
     for line, name in zip(grid, ("test_error", "train_loss"), strict=True):
         low, high = mean[name] - std[name], mean[name] + std[name]
         measured = mean[name].notna()  # not every epoch need be evaluated
-        for axes, x in zip(line, (mean.index, mean["propagations"]), strict=True):
-            x, y, below, above = (of[measured] for of in (x, mean[name], low, high))
-            axes.plot(x, y, lw=1.2, ms=4, **look)
-            axes.fill_between(x, below, above, color=look["color"], alpha=0.1, lw=0)
+        for axes, x in zip(line, (mean.index.to_series(), mean["propagations"]), strict=True):
+            axes.plot(x[measured], mean[name][measured], lw=1.2, ms=4, **look)
+            band = (of[measured] for of in (x, low, high))
+            axes.fill_between(*band, color=look["color"], alpha=0.1, lw=0)
 
 
 def _logarithmic(axes: Axes) -> None:

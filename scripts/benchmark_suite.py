@@ -1,5 +1,6 @@
 """The benchmark's sections on the suite: data, training end to end, sweeps, start, planning and tables."""
 
+import math
 import multiprocessing
 import os
 import shutil
@@ -18,85 +19,22 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from benchmark_update import HALF, L2, MEAN, STD, network, random_data, sgd, training
+from benchmark_peers import UsualImages, usual_batches
+from benchmark_update import HALF, L2, network, random_data, sgd, training
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
-from PIL import Image
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
-from torchvision import transforms
 
 import rst.command_line  # noqa: F401  registers the resolver that conf/train.yaml uses
 from rst import Constant
 from rst.benchmark import Action, Figure, Round, Settings, figure, interleaved, per_step, ratio_of, slope
 from rst.cost import Measurements, costs_of
 from rst.data import Augment, train_batches
-from rst.device import cpu_cores, cpu_threads
+from rst.device import cpu_cores, cpu_threads, keep_memory
 from rst.sweeps import cells_of
 from rst.tables import Row, build_table, read_runs, runs_frame, write_runs
 
 ROOT = Path(__file__).resolve().parent.parent
 CONF, RUNS = ROOT / "conf", ROOT / "results" / "quick" / "runs.csv"
-
-
-class UsualCutout:
-    """DeVries & Taylor 2017 as it is mostly written: a numpy mask for one normalized image."""
-
-    def __init__(self, side: int) -> None:
-        self.half = side // 2
-
-    def __call__(self, image: Tensor) -> Tensor:
-        height, width = image.shape[1:]
-        mask = np.ones((height, width), np.float32)
-        y, x = np.random.randint(height), np.random.randint(width)  # noqa: NPY002  as mostly written
-        top, bottom = np.clip([y - self.half, y + self.half], 0, height)
-        left, right = np.clip([x - self.half, x + self.half], 0, width)
-        mask[top:bottom, left:right] = 0.0
-        return image * torch.from_numpy(mask).expand_as(image)
-
-
-class UsualImages(Dataset[tuple[Tensor, int]]):
-    """Images in memory that become PIL's one at a time, as in torchvision's CIFAR10, and then what its
-    transforms make of them: the operations of `augment` but mixup, which takes a batch."""
-
-    def __init__(self, images: Any, labels: Tensor, augment: Augment) -> None:
-        self.pixels, self.labels = images.permute(0, 2, 3, 1).contiguous().numpy(), labels.tolist()
-        side, padding = images.shape[-1], augment.crop_padding
-        steps = [transforms.RandomCrop(side, padding, padding_mode="reflect")] if padding else []
-        steps += [transforms.RandomHorizontalFlip()] if augment.flip else []
-        policy = transforms.AutoAugmentPolicy.CIFAR10
-        steps += [transforms.AutoAugment(policy)] if augment.autoaugment else []
-        steps += [transforms.ToTensor(), transforms.Normalize(MEAN, STD)]
-        steps += [UsualCutout(augment.cutout)] if augment.cutout else []
-        self.transform = transforms.Compose(steps)
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self.transform(Image.fromarray(self.pixels[index])), self.labels[index]
-
-
-def usual_batches(
-    images: UsualImages, batch_size: int, mixup: float = 0.0, workers: int = 0
-) -> Iterator[list[Any]]:
-    """Batches without end. With mixup, images with both their labels and the weight, for the loss to mix."""
-    loader = DataLoader(
-        images,
-        batch_size,
-        shuffle=True,
-        num_workers=workers,
-        drop_last=True,
-        persistent_workers=workers > 0,
-    )
-    while True:
-        for x, y in loader:
-            if not mixup:
-                yield [x, y]
-                continue
-            weight = np.random.beta(mixup, mixup)  # noqa: NPY002
-            partner = torch.randperm(len(x))
-            yield [weight * x + (1 - weight) * x[partner], y, y[partner], weight]
 
 
 @cache
@@ -137,58 +75,93 @@ def data(settings: Settings) -> Iterator[Figure]:
 
 
 def end_to_end(settings: Settings) -> Iterator[Figure]:
-    """Images a second of SGD with basic augmentation: `rst.engine` in channels_last, with L2 and clipping,
-    against the plain recipe: NCHW, fp32, PIL DataLoader, weight decay, `loss.item()`. And the share of our
-    time that passes in waiting for data. A worker of the loader has a core more than ours."""
+    """Images a second of SGD with basic augmentation: as `python train.py` trains, in channels_last, with L2
+    and clipping, against the plain recipe: NCHW, fp32, PIL DataLoader, weight decay, `loss.item()`. And the
+    share of our time that passes in waiting for data. Each in a process of its own, one at work at a time; a
+    worker of the loader has a core more than ours. What torch.compile takes at first is not counted."""
     name, batch_size, n_steps = ("resnet8", 16, 2) if settings.quick else ("resnet20", 128, 4)
-    images, basic = random_data(batch_size * n_steps), augmentations()["basic"]
-    waiting: dict[str, list[float]] = {"fp32": [], "bf16": []}
-
-    def ours(precision: str) -> Action:
-        options: dict[str, Any] = {"epochs": settings.rounds + 1, "precision": precision}
-        run = training(network(name), images, batch_size, Constant(0.0), basic, **options).run()
-        take_steps = per_step(partial(next, run), n_steps)
-
-        def action() -> float | None:
-            seconds = take_steps()
-            metrics = next(metrics for metrics in run if metrics is not None)  # after the evaluation
-            both = metrics["seconds_data"] + metrics["seconds_train"]
-            waiting[precision].append(metrics["seconds_data"] / both)
-            return seconds
-
-        return action
-
-    def plain(workers: int) -> Action:
-        model = network(name)
-        base = sgd(model.parameters(), weight_decay=L2)
-        more = random_data(len(images.train_labels) * (settings.rounds + 1))  # no epoch ends in between
-        usual = UsualImages(more.train_images, more.train_labels, basic)
-        batches = usual_batches(usual, batch_size, workers=workers)
-        losses = []
-
-        def step() -> None:
-            x, y = next(batches)
-            base.zero_grad()
-            loss = F.cross_entropy(model(x), y)
-            loss.backward()
-            base.step()
-            losses.append(loss.item())
-
-        return per_step(step, n_steps)
-
-    actions = {"fp32": ours("fp32"), "bf16": ours("bf16"), "plain recipe": plain(0)}
+    case = name, batch_size, n_steps
+    rounds = settings.rounds + 2  # each server's own first one, and one that is not counted
+    makers: dict[str, Callable[[], Callable[[], Any]]] = {
+        "fp32": partial(_ours, *case, "fp32", False),
+        "bf16": partial(_ours, *case, "bf16", False),
+    }
+    if not settings.quick:  # a minute each
+        makers["fp32, compile=true"] = partial(_ours, *case, "fp32", True)
+        makers["bf16, compile=true"] = partial(_ours, *case, "bf16", True)
+    ours = list(makers)
+    makers["plain recipe"] = partial(_plain, *case, rounds, 0)
     if cpu_cores() > 1:
-        actions["plain recipe, 1 worker"] = plain(1)
-    measured = interleaved(actions, settings.rounds)
+        makers["plain recipe, 1 worker"] = partial(_plain, *case, rounds, 1)
+    waiting: dict[str, list[Round]] = {what: [] for what in ours}
+
+    def act(what: str, server: Connection) -> float:
+        server.send(True)
+        seconds, share = server.recv()
+        if what in waiting:
+            waiting[what].append({"share": share})
+        return seconds
+
+    with ExitStack() as stack:
+        servers = {what: stack.enter_context(_server(make, 1)) for what, make in makers.items()}
+        for server in servers.values():
+            server.recv()  # it is ready
+        actions = {what: partial(act, what, server) for what, server in servers.items()}
+        measured = interleaved(actions, settings.rounds)
     model = f"{name}, batch {batch_size}"
-    for precision, target in (("fp32", "≥ 1.5"), ("bf16", "≥ 2.3")):
-        for peer in list(actions)[2:]:
-            ratio = ratio_of(peer, precision)
-            yield figure("end_to_end", f"ours, {precision} / {peer}", model, measured, ratio, target)
-    for precision, shares in waiting.items():
-        rounds = [{"share": share} for share in shares[1:]]  # the first is the warmup's
-        what = f"share of waiting for data, {precision}"
-        yield figure("end_to_end", what, model, rounds, lambda one: one["share"], "< 0.03")
+    for what in ours:
+        target = "≥ 1.5" if what.startswith("fp32") else "≥ 2.3"
+        for peer in list(actions)[len(ours) :]:
+            yield figure(
+                "end_to_end", f"ours, {what} / {peer}", model, measured, ratio_of(peer, what), target
+            )
+    for what, shares in waiting.items():
+        share = f"share of waiting for data, {what}"
+        yield figure("end_to_end", share, model, shares[1:], lambda one: one["share"], "< 0.03")
+
+
+def _ours(
+    name: str, batch_size: int, n_steps: int, precision: str, compiled: bool
+) -> Callable[[], tuple[float, float]]:
+    """Takes an epoch of `n_steps`: seconds a step, and the share of them that passed in waiting for data."""
+    keep_memory()
+    model = network(name)
+    if compiled:
+        model.compile()
+    images = random_data(batch_size * n_steps)
+    basic, options = augmentations()["basic"], {"epochs": 10**6, "precision": precision}
+    run = training(model, images, batch_size, Constant(0.0), basic, **options).run()
+    take_steps = per_step(partial(next, run), n_steps)
+
+    def epoch() -> tuple[float, float]:
+        seconds = take_steps()
+        metrics = next(metrics for metrics in run if metrics is not None)  # after the evaluation
+        assert seconds is not None
+        return seconds, metrics["seconds_data"] / (metrics["seconds_data"] + metrics["seconds_train"])
+
+    return epoch
+
+
+def _plain(
+    name: str, batch_size: int, n_steps: int, rounds: int, workers: int
+) -> Callable[[], tuple[float, float]]:
+    model = network(name)
+    base = sgd(model.parameters(), weight_decay=L2)
+    images = random_data(batch_size * n_steps * rounds)  # no epoch ends in between
+    usual = UsualImages(images.train_images, images.train_labels, augmentations()["basic"])
+    batches = usual_batches(usual, batch_size, workers=workers)
+    losses = []
+
+    def step() -> None:
+        x, y = next(batches)
+        base.zero_grad()
+        loss = F.cross_entropy(model(x), y)
+        loss.backward()
+        base.step()
+        losses.append(loss.item())
+
+    take_steps = per_step(step, n_steps)
+    return lambda: (take_steps() or 0.0, math.nan)
 
 
 def sweep(settings: Settings) -> Iterator[Figure]:
@@ -199,12 +172,13 @@ def sweep(settings: Settings) -> Iterator[Figure]:
     cases = {"resnet8": "resnet8, 8×8, batch 64", "resnet20": "resnet20, batch 128"}
     for case in ("resnet8",) if settings.quick else cases:
         with ExitStack() as stack:
-            servers = [stack.enter_context(_server(case, threads)) for threads in [*[1] * k, k]]
+            threads = [*[1] * k, k]
+            servers = [stack.enter_context(_server(partial(_steps_of, case), n)) for n in threads]
             for server in servers:
                 server.recv()  # it is ready
             actions = {
-                "single": partial(_steps_of_each, servers[:k]),
-                "joint": partial(_steps_of_each, servers[k:]),
+                "single": partial(_act_at_once, servers[:k]),
+                "joint": partial(_act_at_once, servers[k:]),
             }
             measured = interleaved(actions, settings.rounds)
 
@@ -214,38 +188,43 @@ def sweep(settings: Settings) -> Iterator[Figure]:
         yield figure("sweep", f"{k} processes / {k} threads", cases[case], measured, ratio, "≥ 1.3")
 
 
-def _steps_of_each(servers: Sequence[Connection]) -> None:
+def _act_at_once(servers: Sequence[Connection]) -> None:
     for server in servers:
         server.send(True)
     for server in servers:
         server.recv()
 
 
+def _steps_of(case: str) -> Action:
+    side, batch_size, n_steps = (8, 64, 10) if case == "resnet8" else (32, 128, 2)
+    images = random_data(4 * batch_size, side)
+    run = training(network(case), images, batch_size, HALF, Augment(crop_padding=1), epochs=10**6).run()
+    return per_step(partial(next, run), n_steps)
+
+
 @contextmanager
-def _server(case: str, threads: int) -> Iterator[Connection]:
-    """A process that trains some steps each time that it is told to."""
+def _server(make: Callable[[], Callable[[], Any]], threads: int) -> Iterator[Connection]:
+    """A process that makes an action, acts once and says that it is ready; then it acts each time that it is
+    sent something, and sends back what the action returned."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["rst.engine", "rst.models", "rst.tables", "pytorch_optimizer"])
     ours, theirs = context.Pipe()
-    process = context.Process(target=_serve, args=(theirs, case, threads), daemon=True)
+    process = context.Process(target=_serve, args=(theirs, make, threads))  # no daemon: it may have a worker
     process.start()
+    theirs.close()  # or its end would not be noticed here
     try:
         yield ours
     finally:
         process.kill()
 
 
-def _serve(connection: Connection, case: str, threads: int) -> None:
+def _serve(connection: Connection, make: Callable[[], Callable[[], Any]], threads: int) -> None:
     torch.set_num_threads(threads)
-    side, batch_size, n_steps = (8, 64, 10) if case == "resnet8" else (32, 128, 2)
-    images = random_data(4 * batch_size, side)
-    run = training(network(case), images, batch_size, HALF, Augment(crop_padding=1), epochs=10**6).run()
-    step = per_step(partial(next, run), n_steps)
-    step()
+    action = make()
+    action()
     connection.send("ready")
     while connection.recv():
-        step()
-        connection.send("done")
+        connection.send(action())
 
 
 def start(settings: Settings) -> Iterator[Figure]:

@@ -9,12 +9,14 @@ from typing import Any
 import pytorch_optimizer
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from benchmark_peers import MEAN, STD, UsualSAM
+from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from rst import RST, Constant, Periodic
 from rst.benchmark import Action, Figure, Round, Settings, figure, interleaved, per_step, ratio_of, slope
 from rst.data import Augment, ImageData
+from rst.device import cpu_cores, cpu_threads
 from rst.engine import Training
 from rst.models import create
 from rst.optim import _swap
@@ -22,7 +24,6 @@ from rst.schedule import Schedule
 
 RHO, L2 = 0.05, 5e-4
 TOTAL_STEPS = 10**9  # of a run that is never over
-MEAN, STD = (0.4914, 0.4822, 0.4465), (0.247, 0.2435, 0.2616)  # CIFAR-10's; no time depends on them
 SGD_SETTINGS: dict[str, Any] = {"lr": 0.01, "momentum": 0.9, "nesterov": True}
 SAM, HALF = Constant(1.0), Periodic(2)  # the latter: a SAM step and a plain one in turn, so η is 1.5 exactly
 
@@ -58,37 +59,6 @@ def training(
     return Training(model, optimizer, lambda _: 1.0, data, augment, **settings)
 
 
-class UsualSAM:
-    """SAM as it is mostly written: loops over the parameters, and a clone of each from pass to pass."""
-
-    def __init__(self, base: torch.optim.Optimizer, rho: float) -> None:
-        self.base, self.rho = base, rho
-        self.kept: dict[Tensor, Tensor] = {}
-
-    @torch.no_grad()
-    def first_step(self, zero_grad: bool = False) -> None:
-        """From θ to θ + ε."""
-        with_gradient = [p for group in self.base.param_groups for p in group["params"] if p.grad is not None]
-        norm = torch.stack([p.grad.norm() for p in with_gradient]).norm()
-        scale = self.rho / (norm + 1e-12)
-        for p in with_gradient:
-            self.kept[p] = p.data.clone()
-            p.add_(p.grad * scale)
-        if zero_grad:
-            self.base.zero_grad()
-
-    def restore(self) -> None:
-        for p, kept in self.kept.items():
-            p.data = kept
-
-    def second_step(self, zero_grad: bool = False) -> None:
-        """Back to θ, and the base optimizer's step along the gradient at θ + ε."""
-        self.restore()
-        self.base.step()
-        if zero_grad:
-            self.base.zero_grad()
-
-
 class Problem:
     """A model in channels_last, random images, and the ways to train it: as functions that take a step."""
 
@@ -121,8 +91,8 @@ class Problem:
         optimizer = self.optimizer(schedule, gamma)
         return partial(optimizer.step, self.closure)
 
-    def usual_optimizer(self) -> UsualSAM:
-        return UsualSAM(sgd(self.model.parameters()), RHO)
+    def usual_optimizer(self, factor: float | None = 1.0) -> UsualSAM:
+        return UsualSAM(sgd(self.model.parameters()), RHO, factor)
 
     def usual(self) -> Callable[[], object]:
         return self._two_passes(self.usual_optimizer())
@@ -148,6 +118,7 @@ def in_turn(*parts: Callable[[], object]) -> Callable[[], object]:
     return step
 
 
+USUAL = "as usually written"
 # Average propagation counts.
 ETA = {"SGD": 1.0, "SAM": 2.0, "RST p=0.5": 1.5, "G-RST p=0.5": 1.5}
 
@@ -212,12 +183,18 @@ def to_limit(what: str) -> Callable[[Round], float]:
 
 
 def perturbation(settings: Settings) -> Iterator[Figure]:
-    """Perturbing and restoring alone, on random gradients, against what others take for it."""
+    """Perturbing and restoring alone, on random gradients, against what others take for it, on one thread and
+    on all cores. "As usually written" is github.com/davda54/sam; targets are for the peers as they come."""
     for name in ("resnet8",) if settings.quick else ("cifar_resnet18", "wrn28_10"):
-        measured = interleaved(between_passes(Problem(name, 1)), 2 * settings.rounds, warmup=2)
-        for peer in list(measured[0])[1:]:
-            target = "" if "foreach" in peer else "≤ 0.5"
-            yield figure("perturbation", f"ours / {peer}", name, measured, ratio_of("ours", peer), target)
+        for threads in dict.fromkeys((1, cpu_cores())):
+            with cpu_threads(threads):
+                measured = interleaved(between_passes(Problem(name, 1)), settings.rounds, warmup=2)
+            model = f"{name}, {threads} thread{'s' * (threads > 1)}"
+            for peer in list(measured[0])[1:]:
+                target = "≤ 0.5" if peer in ("pytorch_optimizer", USUAL) else ""
+                yield figure(
+                    "perturbation", f"ours / {peer}", model, measured, ratio_of("ours", peer), target
+                )
 
 
 def between_passes(problem: Problem) -> dict[str, Action]:
@@ -225,7 +202,7 @@ def between_passes(problem: Problem) -> dict[str, Action]:
     Gradients are set anew before each, which is not measured."""
     parameters = list(problem.model.parameters())
     gradients = [torch.randn_like(p) for p in parameters]
-    optimizer, usual = problem.optimizer(SAM), problem.usual_optimizer()
+    optimizer = problem.optimizer(SAM)
 
     def set_gradients() -> None:
         for p, gradient in zip(parameters, gradients, strict=True):
@@ -242,11 +219,16 @@ def between_passes(problem: Problem) -> dict[str, Action]:
         sam.base_optimizer.step = lambda: None
         return in_turn(partial(sam.first_step, zero_grad=True), sam.second_step)
 
+    def usually(factor: float | None) -> Callable[[], object]:
+        usual = problem.usual_optimizer(factor)
+        return in_turn(partial(usual.first_step, zero_grad=True), usual.restore)
+
     actions: dict[str, Callable[[], object]] = {
         "ours": ours,
         "pytorch_optimizer": by_peer(None),
         "pytorch_optimizer, foreach=True": by_peer(True),
-        "as usually written": in_turn(partial(usual.first_step, zero_grad=True), usual.restore),
+        USUAL: usually(1.0),
+        f"{USUAL}, without its factor 1": usually(None),
     }
     return {name: per_step(action, prepare=set_gradients) for name, action in actions.items()}
 

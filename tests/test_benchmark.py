@@ -17,6 +17,7 @@ from scipy import stats
 
 sys.path.insert(0, str(ROOT / "scripts"))
 import benchmark
+import benchmark_peers as peers
 import benchmark_suite as suite
 import benchmark_update as update
 
@@ -53,11 +54,10 @@ EXPECTED = {
 }
 
 
-# Ours: the copy θ + ε. As usually written: the clone of θ. G-RST keeps ∇L(θ) besides, as SGD may.
+# The copy θ + ε. G-RST keeps ∇L(θ) besides, as SGD may.
 EXACT = {
     "RST p=0.5, beyond SGD": 1.0,
     "G-RST p=0.5, beyond SGD that keeps gradients": 1.0,
-    "SAM, as usually written, beyond SGD": 1.0,
 }
 
 
@@ -245,17 +245,17 @@ def test_both_pipelines_give_batches_of_one_kind(name):
     augment = suite.augmentations()[name]
     data = update.random_data(32)
     ours, _ = next(train_batches(data, 16, augment, seed=0, epoch=0))
-    usual = suite.UsualImages(data.train_images, data.train_labels, augment)
-    theirs = next(suite.usual_batches(usual, 16, augment.mixup))[0]
+    usual = peers.UsualImages(data.train_images, data.train_labels, augment)
+    theirs = next(peers.usual_batches(usual, 16, augment.mixup))[0]
     assert ours.shape == theirs.shape == (16, 3, 32, 32) and ours.dtype == theirs.dtype == torch.float32
 
 
 def test_both_pipelines_normalize_alike():
     data = update.random_data(32)
-    usual = suite.UsualImages(data.train_images, data.train_labels, Augment())
+    usual = peers.UsualImages(data.train_images, data.train_labels, Augment())
     batches = [
         next(train_batches(data, 32, Augment(), seed=0, epoch=0)),
-        next(suite.usual_batches(usual, 32)),
+        next(peers.usual_batches(usual, 32)),
     ]
     key = torch.randn(3 * 32 * 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     ours, theirs = (x[(x.flatten(1).double() @ key).argsort()] for x, _ in batches)
@@ -277,11 +277,11 @@ def test_both_pipelines_flip_crop_and_cut_alike():
     image = torch.stack([pixels % 256, pixels // 256 + 1, torch.full((32, 32), 255)]).byte()
     data.train_images[:] = image
     augment = Augment(flip=True, crop_padding=4, cutout=16)
-    usual = suite.UsualImages(data.train_images, data.train_labels, augment)
+    usual = peers.UsualImages(data.train_images, data.train_labels, augment)
 
     def decode(batch):
         """Pixel numbers, −1 where cut, of [B, 3, 32, 32]."""
-        mean, std = torch.tensor(update.MEAN)[:, None, None], torch.tensor(update.STD)[:, None, None]
+        mean, std = torch.tensor(peers.MEAN)[:, None, None], torch.tensor(peers.STD)[:, None, None]
         values = ((batch * std + mean) * 255).round()
         return torch.where(batch[:, 2] == 0, -1, values[:, 0] + 256 * (values[:, 1] - 1)).long()
 
@@ -292,7 +292,7 @@ def test_both_pipelines_flip_crop_and_cut_alike():
             for x, _ in train_batches(data, size, augment, seed=0, epoch=epoch)
         ]
     )
-    theirs = outcomes(suite.usual_batches(usual, size), n // size, lambda batch: decode(batch[0]))
+    theirs = outcomes(peers.usual_batches(usual, size), n // size, lambda batch: decode(batch[0]))
 
     padded = torch.nn.functional.pad(pixels[None, None].float(), (4, 4, 4, 4), mode="reflect")[0, 0].long()
     crops = {}
