@@ -16,7 +16,7 @@ Round = Mapping[str, float]  # seconds, or what an action returned, by the actio
 class Settings:
     """`rounds` of a measurement; `threads` of PyTorch; `quick`: tiny models and data, to see that it runs."""
 
-    rounds: int = 12
+    rounds: int = 8
     threads: int = 1
     quick: bool = False
 

@@ -6,10 +6,11 @@ from typing import Any
 
 import torch
 from hydra.utils import instantiate
+from torch import nn
 
 from rst import checkpoint, distributed, expected_propagations, propagations_std
 from rst.cost import checkpoint_bytes, schedule_of
-from rst.data import steps_per_epoch
+from rst.data import ImageData, steps_per_epoch
 from rst.device import keep_memory
 from rst.draws import draw
 from rst.engine import Training
@@ -48,11 +49,7 @@ def train(run: Run, device: torch.device, verbose: bool) -> dict[str, Any]:
     schedule = schedule_of(config, epoch_steps)
     lr_factor = with_warmup(build("lr_schedule"), config["warmup_epochs"] / config["epochs"])
 
-    torch.manual_seed(draw(config["seed"], "init"))
-    _, channels, height, width = data.train_images.shape
-    model = build("model")(num_classes=len(data.classes), in_chans=channels, image_size=(height, width))
-    layout = torch.channels_last if config["channels_last"] else torch.preserve_format
-    model = model.to(device, memory_format=layout)
+    model = new_model(config, data).to(device)
     if config["compile"]:
         model.compile()  # in place, so that names in checkpoints stay as they are
     n_bytes = checkpoint_bytes(sum(p.numel() for p in model.parameters()), config)
@@ -74,6 +71,15 @@ def train(run: Run, device: torch.device, verbose: bool) -> dict[str, Any]:
         distributed.barrier()
         # Another process may have completed it while this one was waiting for its device.
         return run.result(warn=False) or fit(run, training, tracker, made_with, verbose)
+
+
+def new_model(config: dict[str, Any], data: ImageData) -> nn.Module:
+    """As it is before the first step, on the CPU."""
+    torch.manual_seed(draw(config["seed"], "init"))
+    _, channels, height, width = data.train_images.shape
+    build = instantiate(config["model"], _convert_="all")
+    model = build(num_classes=len(data.classes), in_chans=channels, image_size=(height, width))
+    return model.to(memory_format=torch.channels_last if config["channels_last"] else torch.preserve_format)
 
 
 def fit(

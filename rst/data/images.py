@@ -9,7 +9,7 @@ from rst import draws
 from rst.data.image_files import ImageFiles
 
 # Index of each use of the stream "split", so that none of them shifts another. Never renumber.
-DIGITS_SPLIT, VALIDATION_SPLIT, TRAIN_SIZE_SPLIT = 0, 1, 2
+DIGITS_SPLIT, VALIDATION_SPLIT, TRAIN_SIZE_SPLIT, SHARPNESS_SPLIT = 0, 1, 2, 3
 
 
 @dataclass(frozen=True, eq=False)
