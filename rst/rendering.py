@@ -1,5 +1,6 @@
 """Tables as Markdown, CSV and LaTeX. A report is one table, or several of the same rows, a setting each."""
 
+import math
 import re
 import textwrap
 import unicodedata
@@ -12,7 +13,7 @@ import pandas as pd
 from tabulate import tabulate
 
 from rst.checkpoint import write_atomically
-from rst.tables import METRICS, MIN_SEEDS, Estimate, Table, estimate_of
+from rst.tables import METRICS, MIN_SEEDS, SHARPNESS, Estimate, Table, estimate_of
 
 LATEX_METRICS = ("test_error", "interval", "difference_to_reference", "eta", "time")
 SETTINGS_ACROSS = 3  # of a LaTeX matrix: what a page's width holds
@@ -33,6 +34,8 @@ _NOTES = {
     "eta": _ETA,
     "eta_expected": _ETA,
     "time": "Time: training seconds over {}'s, given for the same host, device, ranks and thread count only.",
+    "lambda_max": "λ_max: largest eigenvalue of the training loss's Hessian, mean ± s over the runs measured.",
+    "in_ball": "L(θ + ε) − L(θ): what SAM's perturbation of the run's ρ adds to the training loss.",
     "best_epoch": "Best epoch: chosen on the test data, hence too low; the last epoch is the result.",
 }
 _MATRIX = (
@@ -183,7 +186,7 @@ def _common(tables: Sequence[Table]) -> list[str]:
 
 
 def _definitions(table: Table, usual: Sequence[str]) -> list[str]:
-    shown = [_NOTES[metric].format(table.baseline) for metric in table.metrics or usual if metric in _NOTES]
+    shown = [_NOTES[m].format(table.baseline) for m in _shown(table, usual) if m in _NOTES]
     return list(dict.fromkeys(shown))
 
 
@@ -233,9 +236,15 @@ def _matrix(tables: Sequence[Table]) -> list[dict[str, str]]:
 def _lines(table: Table, usual: Sequence[str]) -> list[dict[str, str]]:
     """Of each row its label and the metrics shown, each under its heading."""
     return [
-        {"Method": line["label"], **dict(_cell(table, line, metric) for metric in table.metrics or usual)}
+        {"Method": line["label"], **dict(_cell(table, line, metric) for metric in _shown(table, usual))}
         for line in table.frame.to_dict("records")
     ]
+
+
+def _shown(table: Table, usual: Sequence[str]) -> list[str]:
+    """The metrics that are shown: of sharpness only where it was measured."""
+    measured = [name for name in SHARPNESS if table.frame.get(f"{name}.n", pd.Series(dtype=int)).any()]
+    return [name for name in table.metrics or usual if name not in SHARPNESS or name in measured]
 
 
 def _cell(table: Table, line: dict[Any, Any], metric: str) -> tuple[str, str]:
@@ -252,6 +261,8 @@ def _cell(table: Table, line: dict[Any, Any], metric: str) -> tuple[str, str]:
         "eta_expected": ("η expected", f"{line['eta_expected.mean']:.3f}"),
         "time": (f"Time / {table.baseline}'s", "" if np.isnan(time) else f"{time:.2f}"),
         "best_epoch": ("Best epoch (%), chosen on test data", _mean(best)),
+        "lambda_max": ("λ_max", _sharpness(line, "lambda_max")),
+        "in_ball": ("L(θ + ε) − L(θ)", _sharpness(line, "in_ball")),
         "published": ("Published (%)", known),
     }[metric]
     return heading, text if error.n or metric == "published" else line["status"]
@@ -268,6 +279,16 @@ def _difference(line: dict[Any, Any], name: str) -> tuple[str, str]:
     count = _count(gap) if gap.n < line["test_error_percent.n"] else ""
     parts = [_number(gap.mean, "+"), _interval(gap, "+"), count, "*" * gap.excludes_zero]
     return f"Difference to {name} (points)", " ".join(filter(None, parts)) if gap.n else "–"
+
+
+def _sharpness(line: dict[Any, Any], name: str) -> str:
+    """Three significant digits of the mean, and the standard deviation to the same place."""
+    if f"{name}.n" not in line or not (value := estimate_of(line, name)).n:
+        return "not measured"
+    digits = max(0, 2 - math.floor(math.log10(abs(value.mean)))) if value.mean else 2
+    spread = f" ± {value.std:.{digits}f}" if value.n > 1 else ""
+    count = f" {_count(value)}" if value.n < line["test_error_percent.n"] else ""
+    return f"{value.mean:.{digits}f}{spread}{count}"
 
 
 def _number(x: float, sign: str = "") -> str:

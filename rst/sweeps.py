@@ -68,7 +68,8 @@ class Specification:
 
 
 def read_specification(conf: Path, table: str, protocol: str) -> Specification:
-    """conf/table/`table`.yaml, with the columns that conf/columns/`protocol`.yaml has under its `columns`.
+    """conf/table/`table`.yaml, with the columns that conf/columns/`protocol`.yaml has under its `columns`, and
+    with the values that a row takes from there as `${grid.…}`.
 
     A row's overrides may sweep (`schedule.p=0.25,0.5`): it then stands for a row a combination, and its label
     names the swept values in braces (`p = {schedule.p}`). So may a column's.
@@ -78,8 +79,13 @@ def read_specification(conf: Path, table: str, protocol: str) -> Specification:
             rows with one label.
     """
     where = f"table {table}"
-    spec: Any = OmegaConf.to_container(OmegaConf.load(conf / "table" / f"{table}.yaml"))
     choices: Any = OmegaConf.to_container(OmegaConf.load(conf / "columns" / f"{protocol}.yaml"))
+    loaded = OmegaConf.load(conf / "table" / f"{table}.yaml")
+    try:
+        both = OmegaConf.create({"grid": choices.pop("grid", {}), "table": loaded})
+        spec: Any = OmegaConf.to_container(both, resolve=True)["table"]  # type: ignore[index, call-overload]
+    except OmegaConfBaseException as error:
+        raise ValueError(f"{where}: {str(error).splitlines()[0]}") from None
     _check_keys(where, spec, KEYS, {"title", "reference", "baseline", "rows"})
     rows = []
     for row in spec["rows"]:

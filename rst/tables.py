@@ -17,6 +17,8 @@ from scipy import stats
 
 from rst.checkpoint import write_atomically
 
+SHARPNESS = ("lambda_max", "in_ball")  # see rst/sharpness.py
+
 # The leading columns of runs.csv; the others (choices.*, later additions) are text and follow by name. Types
 # are fixed, not inferred: read as a number, the id 1e234567 would be infinite.
 _COLUMNS = {
@@ -32,6 +34,9 @@ _TYPES = {column: dtype for dtype, columns in _COLUMNS.items() for column in col
 _CURVE_TYPES = {"id": "string", "epoch": "Int64", "propagations": "Int64"} | dict.fromkeys(
     ("train_loss", "train_accuracy", "test_loss", "test_accuracy"), "float64"
 )
+_SHARPNESS_TYPES = {"id": "string", "images": "Int64", "curve": "string"} | dict.fromkeys(
+    ("rho", "loss", *SHARPNESS), "float64"
+)
 # What a table may show of a row. Its CSV holds everything.
 METRICS = (
     "test_error",
@@ -42,6 +47,7 @@ METRICS = (
     "eta_expected",
     "time",
     "best_epoch",
+    *SHARPNESS,
     "published",
 )
 MIN_SEEDS = 3  # a spread over fewer says next to nothing: marked †, and no difference is claimed from it
@@ -79,6 +85,18 @@ def curves_frame(metrics: Mapping[str, Iterable[Mapping[str, Any]]]) -> pd.DataF
     lines = [{"id": run, **epoch} for run, epochs in metrics.items() for epoch in epochs]
     frame = pd.DataFrame(lines).reindex(columns=[*_CURVE_TYPES]).astype(_CURVE_TYPES)
     return frame.sort_values(["id", "epoch"], ignore_index=True)
+
+
+def sharpness_frame(records: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
+    """From the runs' sharpness.json: a line a run. `curve` is text, the numbers parted by spaces."""
+    lines = [{**record, "curve": " ".join(map(repr, record["curve"]))} for record in records]
+    frame = pd.DataFrame(lines).reindex(columns=[*_SHARPNESS_TYPES]).astype(_SHARPNESS_TYPES)
+    return frame.sort_values("id", ignore_index=True)
+
+
+def read_sharpness(path: Path) -> pd.DataFrame:
+    """The frame given to `write_runs`, equal in every value and type."""
+    return _read_text(path).astype(_SHARPNESS_TYPES)
 
 
 def write_curves(frame: pd.DataFrame, path: Path) -> None:
@@ -173,7 +191,8 @@ def build_table(
     failures: Mapping[str, str] = MappingProxyType({}),
     metrics: Sequence[str] | None = None,
 ) -> Table:
-    """The statistics of each row over those of its runs that `runs` has. Differences are to the rows labelled
+    """The statistics of each row over those of its runs that `runs` has, those of sharpness where it has the
+    columns of `SHARPNESS`, joined by id. Differences are to the rows labelled
     `reference` and `baseline`, times relative to `baseline`'s.
 
     A row is complete, partial, failed (no run finished, and at least one failed), or not run.
@@ -221,6 +240,9 @@ def _line(
     statistics["eta"] = estimate(group["propagations"] / group["steps"])
     statistics["eta_expected"] = estimate(group["expected_propagations"] / group["steps"])
     statistics["train_seconds"] = estimate(group["seconds.train"])
+    for name in SHARPNESS:
+        if name in group:
+            statistics[name] = estimate(group[name].dropna())
     statistics["best_epoch_error_percent"] = estimate(100 * (1 - group["best_test_accuracy"]))
     status = ("failed" if failed else "not run") if group.empty else "partial" if unfinished else "complete"
     recorded = ("commit", "dirty", "versions.torch", "versions.cuda", "device", "device_name", "host")

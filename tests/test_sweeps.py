@@ -71,12 +71,17 @@ def test_tables_under_the_papers_protocol(table):
         assert (cell.run.choices["dataset"], config["epochs"], rho) == expected
 
 
-def test_the_constant_table_is_sgd_to_sam_in_tenths():
-    spec = read_specification(CONF, "constant", "quick")
-    assert [row.label for row in spec.rows] == [f"p = {tenth / 10}" for tenth in range(11)]
-    assert (spec.reference, spec.baseline) == ("p = 1.0", "p = 0.0")
-    found = {row.label: row_cells[0].run.config for _, row, row_cells in cells(spec, CONF, "quick", [])}
-    assert [config["schedule"]["p"] for config in found.values()] == [tenth / 10 for tenth in range(11)]
+@pytest.mark.parametrize(
+    ("protocol", "grid"),
+    [("quick", [tenth / 10 for tenth in range(1, 10)]), ("cpu", [0.25, 0.5, 0.75])],
+)
+def test_the_constant_table_is_sgd_to_sam_in_the_protocols_steps(protocol, grid):
+    spec = read_specification(CONF, "constant", protocol)
+    assert (spec.baseline, spec.reference) == ("p = 0 (SGD)", "p = 1 (SAM)")
+    assert [row.label for row in spec.rows] == [spec.baseline, *(f"p = {p}" for p in grid), spec.reference]
+    found = {row.label: row_cells[0].run for _, row, row_cells in cells(spec, CONF, protocol, [])}
+    assert found[spec.baseline].choices["method"] == "sgd" and found[spec.reference].choices["method"] == "sam"
+    assert [found[f"p = {p}"].config["schedule"]["p"] for p in grid] == grid
 
 
 def test_a_cell_is_what_hydra_composes():
@@ -146,6 +151,10 @@ def test_rows_and_columns_sweep_and_are_labelled(spec_of):
         ({"rows": [SGD, {"label": "SAM"}]}, "table t, row SAM: overrides must be given"),
         ({"rows": [SGD, SAM, SAM]}, "table t: two rows with one label: SAM"),
         ({"rows": [SGD]}, "table t: no row is labelled SAM; rows: SGD"),
+        (
+            {"rows": [SGD, {"label": "SAM", "overrides": ["schedule.p=${grid.q}"]}]},
+            "table t: Interpolation key 'grid.q' not found",
+        ),
         ({"rows": [SGD, SAM], "columns": "two"}, "table t: columns must be one of one, got 'two'"),
         (
             {"rows": [SGD, {"label": "SAM", "overrides": ["seed=range(0"]}]},
@@ -183,6 +192,6 @@ def test_only_the_seed_may_sweep_beside_the_table():
 def test_every_preset_of_columns_composes():
     for protocol in PROTOCOLS:
         columns = OmegaConf.to_container(OmegaConf.load(CONF / "columns" / f"{protocol}.yaml"))
-        assert set(columns) == {"one", "all", "imagenet"}
+        assert set(columns) == {"one", "all", "imagenet", "label_noise", "grid"}
         for column in itertools.chain.from_iterable(expand(sweep, protocol) for sweep in columns["one"]):
             assert compose("train", [f"protocol={protocol}", *column])
