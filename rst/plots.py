@@ -17,7 +17,7 @@ from scipy.optimize import isotonic_regression
 
 from rst.checkpoint import write_atomically
 from rst.schedule import Schedule, expected_propagations, propagations_std, uniform
-from rst.tables import MIN_SEEDS, Table
+from rst.tables import MIN_SEEDS, Table, estimate_of
 
 # Okabe and Ito's palette, less its yellow, which is too light for lines on white: a colour for each method.
 # Each row has its marker, for print and for colour-blind readers.
@@ -171,23 +171,12 @@ def training_curves(table: Table, curves: pd.DataFrame, stem: Path) -> Figure:
     rows of unequal cost compare: mean over the seeds that reached the epoch, with a band of ± one standard
     deviation, on logarithmic scales. Above 12 rows the panels repeat, each with reference and baseline.
     """
-    others = table.frame.loc[~table.frame["label"].isin([table.reference, table.baseline]), "label"]
-    looks: dict[str, dict[str, Any]] = {
-        table.reference: {"color": VERMILION, "marker": MARKERS[1]},
-        table.baseline: {"color": BLACK, "marker": MARKERS[0]},
-    }
-    # By place in the table, whatever has run. 5 colours and 4 dashes: no two of 20 rows look alike.
-    for i, label in enumerate(others):
-        colour, marker = CURVE_COLOURS[i % len(CURVE_COLOURS)], MARKERS[2 + i % (len(MARKERS) - 2)]
-        looks[label] = {"color": colour, "ls": DASHES[i % len(DASHES)], "marker": marker}
-    for i, label in enumerate(
-        looks
-    ):  # as fractions of the axes' diagonal; staggered, or they hide each other
-        looks[label]["markevery"] = (i % ROWS_A_PANEL * MARKER_GAP / ROWS_A_PANEL, MARKER_GAP)
-    frame, known = _finished(table), set(curves["id"])
-    frame = frame[frame["runs"].map(lambda runs: not known.isdisjoint(runs.split())).astype(bool)]
+    looks = _looks(table)
+    for i, look in enumerate(looks.values()):
+        # As fractions of the axes' diagonal; staggered, or they hide each other.
+        look["markevery"] = (i % ROWS_A_PANEL * MARKER_GAP / ROWS_A_PANEL, MARKER_GAP)
+    frame, chunks = _drawn(table, curves)
     drawn = frame.assign(shown=_named(frame)).set_index("label")
-    chunks = _chunks([label for label in others if label in drawn.index], ROWS_A_PANEL - 2)
     with style.context(STYLE):
         figure = Figure(figsize=(10, 7.5 * len(chunks)), dpi=120, layout="constrained")
         figure.suptitle(_title(table, frame, width=120), fontsize=9)
@@ -210,6 +199,62 @@ def training_curves(table: Table, curves: pd.DataFrame, stem: Path) -> Figure:
             panel.legend(*handles, loc="outside lower center", ncols=4, **look)
         _write(figure, stem)
     return figure
+
+
+def sharpness_figure(table: Table, sharpness: pd.DataFrame, stem: Path) -> Figure:
+    """Write test error against λ_max (means, ± one standard deviation), and what the training loss gains
+    along filter-normalised random directions (mean over seeds), for the rows of which runs were measured.
+    Above 12 rows the panels repeat, each with reference and baseline."""
+    looks = _looks(table)
+    frame, chunks = _drawn(table, sharpness)
+    drawn = frame.assign(shown=_named(frame)).set_index("label")
+    with style.context(STYLE):
+        figure = Figure(figsize=(10, 4.8 * len(chunks)), dpi=120, layout="constrained")
+        figure.suptitle(_title(table, frame, width=120), fontsize=9)
+        panels = figure.subfigures(len(chunks), 1, squeeze=False).flat
+        for panel, chunk in zip(panels, chunks, strict=True):
+            points, lines = panel.subplots(1, 2)
+            for label, row in drawn[drawn.index.isin([table.baseline, table.reference, *chunk])].iterrows():
+                look = {"label": row["shown"], **looks[str(label)]}
+                error, top = estimate_of(row, "test_error_percent"), estimate_of(row, "lambda_max")
+                dot = {key: value for key, value in look.items() if key != "ls"}
+                bars = {"xerr": np.nan_to_num(top.std), "yerr": np.nan_to_num(error.std)}
+                points.errorbar(top.mean, error.mean, **bars, lw=0.8, ms=6, **dot)
+                curves = sharpness[sharpness["id"].isin(row["runs"].split())]["curve"]
+                mean = np.mean([np.array(text.split(), dtype=float) for text in curves], axis=0)
+                lines.plot(np.linspace(-1, 1, len(mean)), mean, lw=1.2, ms=4, markevery=0.2, **look)
+            points.set_xlabel("λ_max of the training loss's Hessian, mean ± std")
+            points.set_ylabel("test error (%), mean ± std")
+            lines.set_xlabel("distance α along a filter-normalised random direction d")
+            lines.set_ylabel("L(θ + α·d) − L(θ) (nats)")
+            for axes in (points, lines):
+                axes.grid(color="0.93")
+                axes.set_axisbelow(True)
+            handles = lines.get_legend_handles_labels()
+            panel.legend(*handles, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
+        _write(figure, stem)
+    return figure
+
+
+def _looks(table: Table) -> dict[str, dict[str, Any]]:
+    """Of each row by its place in the table, whatever has run. 5 colours and 4 dashes: no two of 20 rows look
+    alike."""
+    looks: dict[str, dict[str, Any]] = {
+        table.reference: {"color": VERMILION, "marker": MARKERS[1]},
+        table.baseline: {"color": BLACK, "marker": MARKERS[0]},
+    }
+    for i, label in enumerate(label for label in table.frame["label"] if label not in looks):
+        colour, marker = CURVE_COLOURS[i % len(CURVE_COLOURS)], MARKERS[2 + i % (len(MARKERS) - 2)]
+        looks[label] = {"color": colour, "ls": DASHES[i % len(DASHES)], "marker": marker}
+    return looks
+
+
+def _drawn(table: Table, of_runs: pd.DataFrame) -> tuple[pd.DataFrame, list[list[str]]]:
+    """The rows with a run in `of_runs`, and the labels of a panel each, without reference and baseline."""
+    frame, known = _finished(table), set(of_runs["id"])
+    frame = frame[frame["runs"].map(lambda runs: not known.isdisjoint(runs.split())).astype(bool)]
+    others = [label for label in frame["label"] if label not in (table.reference, table.baseline)]
+    return frame, _chunks(others, ROWS_A_PANEL - 2)
 
 
 def _chunks(labels: list[str], most: int) -> list[list[str]]:

@@ -191,6 +191,12 @@ class Run:
         path = self.folder / "metrics.jsonl"
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
+    def sharpness(self) -> dict[str, Any] | None:
+        """What scripts/sharpness.py measured of this run."""
+        path = self.folder / "sharpness.json"
+        found = json.loads(path.read_text()) if path.exists() else {}
+        return found if found.get("id") == self.id else None
+
     def _holder(self) -> str:
         try:
             return (self.folder / ".holder").read_text()

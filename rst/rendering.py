@@ -34,7 +34,7 @@ _NOTES = {
     "eta": _ETA,
     "eta_expected": _ETA,
     "time": "Time: training seconds over {}'s, given for the same host, device, ranks and thread count only.",
-    "lambda_max": "λ_max: largest eigenvalue of the training loss's Hessian, mean ± s over the runs measured.",
+    "lambda_max": "λ_max: largest eigenvalue of the training loss's Hessian, mean ± s of the runs measured.",
     "in_ball": "L(θ + ε) − L(θ): what SAM's perturbation of the run's ρ adds to the training loss.",
     "best_epoch": "Best epoch: chosen on the test data, hence too low; the last epoch is the result.",
 }
@@ -86,7 +86,7 @@ def to_markdown(tables: Sequence[Table]) -> str:
         notes = [*_definitions(first, METRICS), *_remarks(first), *common]
         return "\n\n".join([f"# {first.title}", first.setting, _full(first), _bullets(notes)]) + "\n"
     general = [_MATRIX.format(first.reference), *_definitions(first, METRICS)]
-    parts = [f"# {first.title}", _pipes(_matrix(tables)), _bullets(general)]
+    parts = [f"# {first.title}", pipes(_matrix(tables)), _bullets(general)]
     if common:
         parts += ["Of every setting:", _bullets(common)]
     for table in tables:
@@ -211,10 +211,11 @@ def _full(table: Table) -> str:
         if head := next((head for head, text in line.items() if text == "failed"), None):
             line[head] = f"failed: {row['first_failure']}"
         line["Command"] = f"`{row['command']}`"
-    return _pipes(lines)
+    return pipes(lines)
 
 
-def _pipes(lines: list[dict[str, str]]) -> str:
+def pipes(lines: list[dict[str, str]]) -> str:
+    """A GitHub pipe table."""
     escaped = [{k.replace("|", r"\|"): v.replace("|", r"\|") for k, v in line.items()} for line in lines]
     return tabulate(escaped, headers="keys", tablefmt="pipe", disable_numparse=True)
 
@@ -306,48 +307,3 @@ def _interval(value: Estimate, sign: str = "") -> str:
 
 def _count(value: Estimate, asked: str = "") -> str:
     return f"(n = {value.n}{asked}{' †' * (value.n < MIN_SEEDS)})"
-
-
-def index(results: Path) -> str:
-    """The results folder's README.md: of each protocol's folder its tables with their files, runs, commits
-    and dates, and links to the benchmarks, all of it read from what lies there."""
-    parts = [
-        "# Results",
-        "Written with the tables. `make reproduce-tables PROTOCOL=… TABLE=…` runs what is missing of a table "
-        "(`conf/table/`) under a protocol (`conf/protocol/`); one that is not listed here has not been run.",
-    ]
-    for folder in sorted(path for path in results.iterdir() if path.is_dir()):
-        names = sorted(path.stem for path in folder.glob("*.md") if path.with_suffix(".csv").exists())
-        if names and folder.name == "benchmark":  # of machines, not of runs
-            parts += ["## benchmark", _links([folder / f"{name}.md" for name in names], results)]
-        elif names:
-            data = _links([folder / "runs.csv", folder / "curves.csv"], results)
-            lines = [_index_line(folder, name, names) for name in names]
-            parts += [f"## {folder.name}", _pipes(lines), f"Runs and epochs: {data}" if data else ""]
-    return "\n\n".join(filter(None, parts)) + "\n"
-
-
-def _index_line(folder: Path, name: str, names: list[str]) -> dict[str, str]:
-    """Title of the table `name`, links to its files, and its provenance."""
-
-    def is_its_figure(path: Path) -> bool:  # a_b.png is table a's, unless there is a table a_b
-        owners = [other for other in names if f"{path.stem}_".startswith(f"{other}_")]
-        return path.suffix in (".png", ".pdf") and max(owners, key=len, default="") == name
-
-    files = [folder / f"{name}.{suffix}" for suffix in ("md", "csv", "tex")]
-    figures = sorted(filter(is_its_figure, folder.iterdir()))
-    frame = pd.read_csv(files[1], dtype="string", keep_default_na=False)
-    commits = sorted({commit for cell in frame["commit"] if cell for commit in cell.split("; ")})
-    dates = sorted(date[:10] for date in [*frame["first_finished"], *frame["last_finished"]] if date)
-    return {
-        "Table": files[0].read_text().splitlines()[0].removeprefix("# "),
-        "Files": _links(files, folder.parent),
-        "Figures": _links(figures, folder.parent),
-        "Runs": f"{sum(map(len, frame['runs'].str.split()))} of {sum(map(int, frame['n_expected']))}",
-        "Commit": ", ".join(commits) + ", uncommitted changes" * any("True" in x for x in frame["dirty"]),
-        "Finished (UTC)": " to ".join(sorted({dates[0], dates[-1]})) if dates else "not run",
-    }
-
-
-def _links(paths: Sequence[Path], results: Path) -> str:
-    return ", ".join(f"[{p.name}]({p.relative_to(results).as_posix()})" for p in paths if p.exists())

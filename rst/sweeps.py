@@ -68,8 +68,8 @@ class Specification:
 
 
 def read_specification(conf: Path, table: str, protocol: str) -> Specification:
-    """conf/table/`table`.yaml, with the columns that conf/columns/`protocol`.yaml has under its `columns`, and
-    with the values that a row takes from there as `${grid.…}`.
+    """conf/table/`table`.yaml, with the columns that conf/columns/`protocol`.yaml has under its `columns`,
+    and with the values that a row takes from there as `${grid.…}`.
 
     A row's overrides may sweep (`schedule.p=0.25,0.5`): it then stands for a row a combination, and its label
     names the swept values in braces (`p = {schedule.p}`). So may a column's.

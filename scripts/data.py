@@ -66,9 +66,8 @@ def main() -> None:
     with torch.inference_mode():
         data = verify(arguments.folder)
     means = ", ".join(f"{mean:.4f}" for mean in data.mean)
-    print(
-        f"{arguments.folder}: {len(data.train_labels)} + {len(data.test_labels)} images, channel means {means}"
-    )
+    n_train, n_test = len(data.train_labels), len(data.test_labels)
+    print(f"{arguments.folder}: {n_train} + {n_test} images, channel means {means}")
 
 
 if __name__ == "__main__":

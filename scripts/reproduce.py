@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import BrokenExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 from filelock import FileLock
@@ -25,18 +25,22 @@ from rst.checkpoint import write_atomically
 from rst.command_line import launch, one_line
 from rst.cost import Measurements, costs_of, schedule_of, steps_per_epoch
 from rst.device import cpu_cores
-from rst.plots import error_against_propagations, schedule_figure, training_curves
+from rst.index import index
+from rst.plots import error_against_propagations, schedule_figure, sharpness_figure, training_curves
 from rst.record import NOT_IDENTITY, Run, RunBusyError
-from rst.rendering import index, to_markdown, write_report
+from rst.rendering import to_markdown, write_report
 from rst.sweeps import Cell, TableRuns, composed, gather, place, table_names, table_parser
 from rst.tables import (
+    SHARPNESS,
     Row,
     Table,
     build_table,
     curves_frame,
     read_curves,
     read_runs,
+    read_sharpness,
     runs_frame,
+    sharpness_frame,
     write_curves,
     write_runs,
 )
@@ -59,6 +63,20 @@ def longest_first(batch: Sequence[Cell], known: Measurements) -> list[Cell]:
     """So that none of the long ones begins when the others have ended."""
     costed = zip(batch, costs_of((cell.run for cell in batch), known), strict=True)
     return [cell for cell, _ in sorted(costed, key=lambda pair: -pair[1].work)]
+
+
+class Records(NamedTuple):
+    """runs.csv, curves.csv and sharpness.csv of a results folder."""
+
+    runs: pd.DataFrame
+    curves: pd.DataFrame
+    sharpness: pd.DataFrame
+
+    @property
+    def joined(self) -> pd.DataFrame:
+        """The runs with their sharpness, where any was measured."""
+        measured = self.sharpness[["id", *SHARPNESS]]
+        return self.runs.merge(measured, on="id", how="left") if len(measured) else self.runs
 
 
 class Launcher:
@@ -131,11 +149,12 @@ def _kind(error: Exception) -> str:
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
 
-def collect(folder: Path, runs: Iterable[Run], outputs: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Add these runs' results to runs.csv and their epochs to curves.csv. Returns both, older rows too."""
+def collect(folder: Path, runs: Iterable[Run], outputs: Path) -> Records:
+    """Add these runs' results to runs.csv, their epochs to curves.csv and, where it was measured, their
+    sharpness to sharpness.csv. Returns what the files then hold, older rows too."""
     outputs.mkdir(parents=True, exist_ok=True)
     with FileLock(outputs / f".{folder.name}-results.lock"):  # a second driver may be at it
-        frame, curves = recorded_in(folder)
+        frame, curves, sharpness = recorded_in(folder)
         done = [(run, result) for run in runs if (result := run.result(warn=False)) is not None]
         if done:
             older: list[Any] = frame.to_dict("records")
@@ -143,17 +162,23 @@ def collect(folder: Path, runs: Iterable[Run], outputs: Path) -> tuple[pd.DataFr
             new = curves_frame({run.id: run.metrics() for run, _ in done})
             curves = pd.concat([curves[~curves["id"].isin(new["id"])], new])
             curves = curves.sort_values(["id", "epoch"], ignore_index=True)
+        measured = sharpness_frame(found for run, _ in done if (found := run.sharpness()))
+        if len(measured):
+            sharpness = pd.concat([sharpness[~sharpness["id"].isin(measured["id"])], measured])
+            sharpness = sharpness.sort_values("id", ignore_index=True)
+            write_runs(sharpness, folder / "sharpness.csv")
         write_runs(frame, folder / "runs.csv")
         write_curves(curves, folder / "curves.csv")
-    return frame, curves
+    return Records(frame, curves, sharpness)
 
 
-def recorded_in(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """runs.csv and curves.csv of a results folder; empty ones where there are none."""
-    runs, curves = folder / "runs.csv", folder / "curves.csv"
-    return (
+def recorded_in(folder: Path) -> Records:
+    """What a results folder has; empty frames for files that are not there."""
+    runs, curves, sharpness = (folder / f"{name}.csv" for name in ("runs", "curves", "sharpness"))
+    return Records(
         read_runs(runs) if runs.exists() else runs_frame([]),
         read_curves(curves) if curves.exists() else curves_frame({}),
+        read_sharpness(sharpness) if sharpness.exists() else sharpness_frame([]),
     )
 
 
@@ -212,7 +237,7 @@ def build(
     return report
 
 
-def write(table: TableRuns, report: list[Table], curves: pd.DataFrame, folder: Path) -> list[Path]:
+def write(table: TableRuns, report: list[Table], records: Records, folder: Path) -> list[Path]:
     """The report as Markdown, CSV and LaTeX, and its figures as PNG and PDF. Returns the files."""
     name = table.spec.name
     for suffix in (".md", ".csv", ".tex"):
@@ -223,8 +248,11 @@ def write(table: TableRuns, report: list[Table], curves: pd.DataFrame, folder: P
             name if len(report) == 1 else f"{name}_{re.sub(r'[^A-Za-z0-9_.=]+', '-', one.column)}"
         )
         error_against_propagations(one, stem)
-        training_curves(one, curves, stem.with_name(f"{stem.name}_curves"))
+        training_curves(one, records.curves, stem.with_name(f"{stem.name}_curves"))
         stems += [stem, stem.with_name(f"{stem.name}_curves")]
+        if set(" ".join(one.frame["runs"]).split()) & set(records.sharpness["id"]):
+            sharpness_figure(one, records.sharpness, stem.with_name(f"{stem.name}_sharpness"))
+            stems.append(stem.with_name(f"{stem.name}_sharpness"))
     first = next(iter(table.columns.values()))  # another column may have another T, or a warmup
     config = first[0][1][0].run.config
     done = report[0].frame["train_steps"].dropna()
@@ -261,7 +289,7 @@ def main() -> None:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise PermissionError(f"cannot write to {folder} ({error.strerror}); choose --results") from error
-        recorded = set(recorded_in(folder)[0]["id"]) if arguments.reuse else set()
+        recorded = set(recorded_in(folder).runs["id"]) if arguments.reuse else set()
         todo = missing(tables, recorded)
         n_cells = len({cell.run.id for table in tables for cell in table.cells})
         print(f"{n_cells} runs, {len(todo)} of them to do", flush=True)
@@ -273,16 +301,17 @@ def main() -> None:
             failed = run_all(todo, Launcher(arguments.launcher, arguments.jobs, where))
 
         every = {cell.run.id: cell.run for table in tables for cell in table.cells}
-        runs, curves = collect(folder, every.values(), outputs)
+        records = collect(folder, every.values(), outputs)
         failures = {key: reason for key, run in every.items() if (reason := run.failure())}
         # A record from elsewhere must not hide that a run failed here, nor stand in for one unless asked to.
-        shown = runs[~runs["id"].isin(failures)]
+        shown = records.joined
+        shown = shown[~shown["id"].isin(failures)]
         if not (arguments.reuse or arguments.collect):
             here = {key for key, run in every.items() if run.result(warn=False)}
             shown = shown[shown["id"].isin(here)]
         for table in tables:
             report = build(table, arguments.protocol, arguments.overrides, shown, failures)
-            files = write(table, report, curves, folder)
+            files = write(table, report, records, folder)
             print(to_markdown(report) if len(tables) == 1 else f"{table.spec.name}: {table.spec.title}")
             to_wandb(table, files, arguments.protocol, outputs)
     text = index(results).encode()

@@ -80,7 +80,9 @@ def test_the_constant_table_is_sgd_to_sam_in_the_protocols_steps(protocol, grid)
     assert (spec.baseline, spec.reference) == ("p = 0 (SGD)", "p = 1 (SAM)")
     assert [row.label for row in spec.rows] == [spec.baseline, *(f"p = {p}" for p in grid), spec.reference]
     found = {row.label: row_cells[0].run for _, row, row_cells in cells(spec, CONF, protocol, [])}
-    assert found[spec.baseline].choices["method"] == "sgd" and found[spec.reference].choices["method"] == "sam"
+    assert (
+        found[spec.baseline].choices["method"] == "sgd" and found[spec.reference].choices["method"] == "sam"
+    )
     assert [found[f"p = {p}"].config["schedule"]["p"] for p in grid] == grid
 
 
