@@ -1,7 +1,8 @@
 # Each target sets up .venv by itself: once, and again when pyproject.toml changes.
 PYTHON ?= python3
 PROTOCOL ?= quick
-TABLE ?= overview
+TABLES_cpu := pilot,schedules,constant,gamma
+TABLE ?= $(or $(TABLES_$(PROTOCOL)),overview)
 LAUNCHER ?= joblib
 ARGS ?= # overrides for every run of a table, such as epochs=1
 REUSE ?= # 1: runs that results/<protocol>/runs.csv records count as complete
@@ -11,10 +12,14 @@ BIN := .venv/bin
 
 WHICH = --protocol $(PROTOCOL) --table $(TABLE)
 
-.PHONY: reproduce-tables tables plan readme test test-slow crash-test benchmark lint format clean
+.PHONY: data reproduce-tables tables plan readme test test-slow crash-test benchmark benchmark-accuracy lint format clean
 
 reproduce-tables: .venv/stamp
 	$(BIN)/python scripts/reproduce.py $(WHICH) $(if $(REUSE),--reuse) --launcher $(LAUNCHER) $(if $(JOBS),--jobs $(JOBS)) $(ARGS)
+
+# CIFAR-10 as JPEG files, for protocol=cpu: unpacked from ARCHIVE where data/cifar10 is not there, and verified.
+data: .venv/stamp
+	$(BIN)/python scripts/data.py $(if $(ARCHIVE),--archive $(ARCHIVE))
 
 # Tables of what has run so far, also while make reproduce-tables is running.
 tables: .venv/stamp
@@ -40,6 +45,10 @@ crash-test: .venv/stamp
 # Against the limits of what training costs, and against others: 20 minutes. ARGS="--sections data" for a part.
 benchmark: .venv/stamp
 	$(BIN)/python scripts/benchmark.py $(ARGS)
+
+# Whether that speed costs accuracy: trains nine networks, 15 minutes on two cores. Needs make data.
+benchmark-accuracy: .venv/stamp
+	$(BIN)/python scripts/benchmark_accuracy.py $(ARGS)
 
 lint: .venv/stamp
 	$(BIN)/ruff format --check .

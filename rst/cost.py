@@ -15,7 +15,7 @@ from hydra.utils import instantiate
 from torch.utils.flop_counter import FlopCounterMode
 
 from rst.checkpoint import write_atomically
-from rst.device import PRECISIONS, cpu_threads, pick_device
+from rst.device import PRECISIONS, allow_tf32, cpu_threads, pick_device
 from rst.record import Run, device_name
 from rst.schedule import Schedule, Warmup, expected_propagations
 
@@ -176,6 +176,7 @@ def _speed(device: torch.device, precision: str, batch_size: int = 64, seconds: 
     images = torch.randn(batch_size, 3, 32, 32, device=device)
     labels = torch.zeros(batch_size, dtype=torch.int64, device=device)
     dtype = PRECISIONS[precision]
+    allow_tf32(precision == "tf32")
 
     def propagation() -> None:
         with torch.autocast(device.type, dtype, enabled=dtype is not None):

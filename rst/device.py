@@ -17,7 +17,8 @@ from rst import distributed
 
 log = logging.getLogger(__name__)
 
-PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}  # autocast to, or none
+# What autocast casts to, if anything.
+PRECISIONS = {"fp32": None, "tf32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def pick_device(name: str) -> torch.device:
@@ -90,6 +91,13 @@ def _try(lock: FileLock) -> bool:
 def cpu_cores() -> int:
     """Cores that this process may use: fewer than the machine's in a container or under a scheduler."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def allow_tf32(allowed: bool) -> None:
+    """Whether NVIDIA GPUs may round the factors of fp32 products to TensorFloat-32's 10 bits, in matrix
+    products and convolutions alike. PyTorch's default is no for the former and yes for the latter."""
+    torch.backends.cuda.matmul.allow_tf32 = allowed
+    torch.backends.cudnn.allow_tf32 = allowed
 
 
 def keep_memory() -> None:

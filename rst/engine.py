@@ -50,7 +50,8 @@ class Training:
         batch_size: images a step, of all ranks together.
         l2: coefficient of ½·l2·‖θ‖² in the loss, over all parameters.
         clip_norm: global norm that the final gradient is clipped to, or None.
-        precision: "fp32", "bf16" or "fp16" (autocast; fp16 with loss scaling).
+        precision: "fp32", "bf16" or "fp16" (autocast; fp16 with loss scaling). "tf32" is fp32 here:
+            `rst.device.allow_tf32` makes the difference.
         grad_accumulation: the parts that a batch is propagated in, one after the other, which takes less
             memory. BatchNorm then normalises by the part.
         evaluate_every: epochs between evaluations; the last epoch is always evaluated.

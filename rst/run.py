@@ -11,7 +11,7 @@ from torch import nn
 from rst import checkpoint, distributed, expected_propagations, propagations_std
 from rst.cost import checkpoint_bytes, schedule_of
 from rst.data import ImageData, steps_per_epoch
-from rst.device import keep_memory
+from rst.device import allow_tf32, keep_memory
 from rst.draws import draw
 from rst.engine import Training
 from rst.interruption import Interruption
@@ -41,6 +41,7 @@ def train(run: Run, device: torch.device, verbose: bool) -> dict[str, Any]:
         return instantiate(config[group], _convert_="all")
 
     keep_memory()
+    allow_tf32(config["precision"] == "tf32")
     made_with = provenance(device)
     reset_peak_memory(device)
     data = build("dataset").to(device)

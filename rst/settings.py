@@ -25,7 +25,7 @@ KINDS: dict[str, Any] = {
     "grad_accumulation": int,
     "evaluate_every": int,
     "clip_norm": float | None,
-    "precision": Literal["fp32", "bf16", "fp16"],
+    "precision": Literal["fp32", "tf32", "bf16", "fp16"],
     "channels_last": bool,
     "compile": bool,
     "device": Any,

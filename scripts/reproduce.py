@@ -5,14 +5,13 @@ import re
 import shlex
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import BrokenExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pandas as pd
-from filelock import FileLock
 from hydra import compose, initialize_config_dir
 from hydra._internal.callbacks import Callbacks
 from hydra.core.global_hydra import GlobalHydra
@@ -21,29 +20,17 @@ from hydra.core.utils import JobReturn, JobStatus
 from hydra.types import HydraContext
 from omegaconf import OmegaConf
 
+from rst import findings
 from rst.checkpoint import write_atomically
 from rst.command_line import launch, one_line
 from rst.cost import Measurements, costs_of, schedule_of, steps_per_epoch
 from rst.device import cpu_cores
-from rst.index import index
 from rst.plots import error_against_propagations, schedule_figure, sharpness_figure, training_curves
 from rst.record import NOT_IDENTITY, Run, RunBusyError
 from rst.rendering import to_markdown, write_report
+from rst.results import Records, collect, index, recorded_in
 from rst.sweeps import Cell, TableRuns, composed, gather, place, table_names, table_parser
-from rst.tables import (
-    SHARPNESS,
-    Row,
-    Table,
-    build_table,
-    curves_frame,
-    read_curves,
-    read_runs,
-    read_sharpness,
-    runs_frame,
-    sharpness_frame,
-    write_curves,
-    write_runs,
-)
+from rst.tables import Row, Table, build_table
 from rst.tracking import log_table
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -63,20 +50,6 @@ def longest_first(batch: Sequence[Cell], known: Measurements) -> list[Cell]:
     """So that none of the long ones begins when the others have ended."""
     costed = zip(batch, costs_of((cell.run for cell in batch), known), strict=True)
     return [cell for cell, _ in sorted(costed, key=lambda pair: -pair[1].work)]
-
-
-class Records(NamedTuple):
-    """runs.csv, curves.csv and sharpness.csv of a results folder."""
-
-    runs: pd.DataFrame
-    curves: pd.DataFrame
-    sharpness: pd.DataFrame
-
-    @property
-    def joined(self) -> pd.DataFrame:
-        """The runs with their sharpness, where any was measured."""
-        measured = self.sharpness[["id", *SHARPNESS]]
-        return self.runs.merge(measured, on="id", how="left") if len(measured) else self.runs
 
 
 class Launcher:
@@ -147,39 +120,6 @@ def _run_batch(batch: Sequence[Cell], launcher: Launcher) -> dict[str, Exception
 
 def _kind(error: Exception) -> str:
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-
-
-def collect(folder: Path, runs: Iterable[Run], outputs: Path) -> Records:
-    """Add these runs' results to runs.csv, their epochs to curves.csv and, where it was measured, their
-    sharpness to sharpness.csv. Returns what the files then hold, older rows too."""
-    outputs.mkdir(parents=True, exist_ok=True)
-    with FileLock(outputs / f".{folder.name}-results.lock"):  # a second driver may be at it
-        frame, curves, sharpness = recorded_in(folder)
-        done = [(run, result) for run in runs if (result := run.result(warn=False)) is not None]
-        if done:
-            older: list[Any] = frame.to_dict("records")
-            frame = runs_frame([*older, *(result for _, result in done)])
-            new = curves_frame({run.id: run.metrics() for run, _ in done})
-            curves = pd.concat([curves[~curves["id"].isin(new["id"])], new])
-            curves = curves.sort_values(["id", "epoch"], ignore_index=True)
-        measured = sharpness_frame(found for run, _ in done if (found := run.sharpness()))
-        if len(measured):
-            sharpness = pd.concat([sharpness[~sharpness["id"].isin(measured["id"])], measured])
-            sharpness = sharpness.sort_values("id", ignore_index=True)
-            write_runs(sharpness, folder / "sharpness.csv")
-        write_runs(frame, folder / "runs.csv")
-        write_curves(curves, folder / "curves.csv")
-    return Records(frame, curves, sharpness)
-
-
-def recorded_in(folder: Path) -> Records:
-    """What a results folder has; empty frames for files that are not there."""
-    runs, curves, sharpness = (folder / f"{name}.csv" for name in ("runs", "curves", "sharpness"))
-    return Records(
-        read_runs(runs) if runs.exists() else runs_frame([]),
-        read_curves(curves) if curves.exists() else curves_frame({}),
-        read_sharpness(sharpness) if sharpness.exists() else sharpness_frame([]),
-    )
 
 
 def setting_of(run: Run, protocol: str) -> str:
@@ -309,17 +249,34 @@ def main() -> None:
         if not (arguments.reuse or arguments.collect):
             here = {key for key, run in every.items() if run.result(warn=False)}
             shown = shown[shown["id"].isin(here)]
+        single: dict[str, Table] = {}
         for table in tables:
             report = build(table, arguments.protocol, arguments.overrides, shown, failures)
             files = write(table, report, records, folder)
             print(to_markdown(report) if len(tables) == 1 else f"{table.spec.name}: {table.spec.title}")
+            single |= {table.spec.name: report[0]} if len(report) == 1 else {}
             to_wandb(table, files, arguments.protocol, outputs)
-    text = index(results).encode()
-    write_atomically(results / "README.md", lambda file: file.write(text))
+        if single.keys() >= set(findings.TABLES):
+            write_findings({name: single[name] for name in findings.TABLES}, shown, folder)
+    _write_text(results / "README.md", index(results))
     print(f"written to {folder}: runs.csv, curves.csv, {', '.join(f'{name}.*' for name in names)}")
     for key, reason in failed.items():
         print(f"failed: {every[key].command}: {reason}", file=sys.stderr)
     sys.exit(1 if failed else 0)
+
+
+def write_findings(tables: dict[str, Table], runs: pd.DataFrame, folder: Path) -> None:
+    """FINDINGS.md, once every cell has run."""
+    missing = sum((table.frame["status"] != "complete").sum() for table in tables.values())
+    if missing:
+        print(f"FINDINGS.md is written when all rows of {', '.join(tables)} are complete: {missing} are not")
+        return
+    _write_text(folder / "FINDINGS.md", findings.findings(tables, runs))
+
+
+def _write_text(path: Path, text: str) -> None:
+    content = text.encode()
+    write_atomically(path, lambda file: file.write(content))
 
 
 def with_group(cell: Cell, tables: Sequence[TableRuns]) -> Cell:

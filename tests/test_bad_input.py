@@ -66,8 +66,8 @@ SETTINGS = {
     "device=meta": "device must be auto, cpu, cuda, cuda:N or mps, got 'meta'",
     "device=0": "device must be auto, cpu, cuda, cuda:N or mps, got 0",
     "device=cuda:99": "device=cuda:99 cannot be used",
-    "precision=fp8": "precision must be fp32 or bf16 or fp16, got 'fp8'",
-    "precision=16": "precision must be fp32 or bf16 or fp16, got 16",
+    "precision=fp8": "precision must be fp32 or tf32 or bf16 or fp16, got 'fp8'",
+    "precision=16": "precision must be fp32 or tf32 or bf16 or fp16, got 16",
     "method=grst method.mix=norm": "method.mix must be gradient or normalized, got 'norm'",
     # Values of another kind. A word that is not true or false would otherwise be taken for true.
     "seed=1.5": "seed must be a whole number of at least 0, got 1.5",

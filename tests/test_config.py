@@ -69,7 +69,7 @@ def test_a_misspelt_key_is_found():
 def test_presets_win_over_the_defaults():
     assert composed().epochs == 200
     assert composed("protocol=quick").epochs == 30
-    assert composed("protocol=cpu").dataset.train_size == 5000
+    assert composed("protocol=cpu").dataset.train_size == 1000
     assert composed("protocol=quick", "epochs=3").epochs == 3
 
 

@@ -50,7 +50,7 @@ def test_operations_of_a_network_by_hand(tmp_path):
         (["dataset=cifar10", "dataset.train_size=500"], DataSize(500, 3, 32, 10)),
         (["dataset=digits"], DataSize(1297, 1, 8, 10)),
         (["dataset=imagenet", "dataset.image_size=64"], DataSize(1_281_167, 3, 64, 1000)),
-        (["protocol=cpu"], DataSize(5000, 3, 32, 10)),
+        (["protocol=cpu"], DataSize(1000, 3, 32, 10)),
     ],
 )
 def test_sizes(overrides, size):

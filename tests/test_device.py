@@ -1,6 +1,7 @@
 """One GPU a run in a sweep: leases between processes. Needs no GPU."""
 
 import contextlib
+import json
 import multiprocessing
 import os
 import time
@@ -105,3 +106,16 @@ def test_threads_are_set_and_set_back():
     assert torch.get_num_threads() == before
     with cpu_threads(None):
         assert torch.get_num_threads() == before
+
+
+def test_tf32_is_what_precision_says_and_no_jobs_heritage(run_train, tmp_path):
+    found = {}
+    for precision in ("tf32", "fp32"):
+        size = ["epochs=1", "model.width=4", "dataset.train_size=64", f"outputs={tmp_path / precision}"]
+        run_train("protocol=quick", "method=sgd", f"precision={precision}", *size)
+        allowed = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+        assert allowed == (precision == "tf32",) * 2
+        (path,) = (tmp_path / precision).glob("*/result.json")
+        found[precision] = json.loads(path.read_text())
+    assert found["tf32"]["test_loss"] == found["fp32"]["test_loss"]  # a CPU knows no TF32
+    assert found["tf32"]["id"] != found["fp32"]["id"]

@@ -354,7 +354,7 @@ def test_how_often_is_evaluated_changes_nothing_else():
 
 
 def test_refuses_settings_that_cannot_be():
-    with pytest.raises(ValueError, match="precision must be one of fp32, bf16, fp16, got 'half'"):
+    with pytest.raises(ValueError, match="precision must be one of fp32, tf32, bf16, fp16, got 'half'"):
         training(some_model(), precision="half")
     with pytest.raises(ValueError, match="does not commute with fp16"):
         training(some_model(), {"mix": "normalized"}, precision="fp16")

@@ -123,7 +123,7 @@ def test_what_is_given_wins():
 
 def test_other_protocols_have_none():
     assert composed("model=vit_tiny")["epochs"] == 200
-    assert composed("protocol=cpu model=vit_tiny")["epochs"] == 60
+    assert composed("protocol=cpu model=vit_tiny")["epochs"] == 120
     assert recipe(None, "cifar10", "vit_tiny", "basic") == recipe("quick", "imagenet", "x", "basic") == "none"
 
 

@@ -387,9 +387,10 @@ def test_make_calls_the_scripts():
         return " ".join(command("make", "--dry-run", *arguments).stdout.split())
 
     expected = (
-        "scripts/reproduce.py --protocol cpu --table overview --reuse --launcher joblib --jobs 3 epochs=1"
+        "scripts/reproduce.py --protocol quick --table overview --reuse --launcher joblib --jobs 3 epochs=1"
     )
-    assert expected in printed("reproduce-tables", "PROTOCOL=cpu", "JOBS=3", "REUSE=1", "ARGS=epochs=1")
+    assert expected in printed("reproduce-tables", "JOBS=3", "REUSE=1", "ARGS=epochs=1")
+    assert "--table pilot,schedules,constant,gamma --collect" in printed("tables", "PROTOCOL=cpu")
     assert "reproduce.py --protocol quick --table gamma --collect" in printed("tables", "TABLE=gamma")
     plan = "scripts/plan.py --protocol paper --table all --images-per-second 900"
     assert plan in printed("plan", "PROTOCOL=paper", "TABLE=all", "RATE=900")

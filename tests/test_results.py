@@ -5,8 +5,8 @@ import re
 from test_rendering import pipe_tables, report
 from test_tables import records, table_of
 
-from rst.index import index
 from rst.rendering import write_report
+from rst.results import index
 
 
 def test_index_lists_what_is_there(tmp_path):

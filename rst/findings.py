@@ -1,0 +1,208 @@
+"""What a protocol's tables say of the paper's claims, in one page made of their numbers alone."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from rst.rendering import pipes
+from rst.tables import MIN_SEEDS, SHARPNESS, Estimate, Table, estimate, paired_difference
+
+TABLES = ("schedules", "constant", "gamma")  # what the page is made of
+HALVES = ("constant", "piecewise rising", "linear rising", "trigonometric rising")  # families, at one p
+
+
+@dataclass(frozen=True)
+class Finding:
+    claim: str
+    measured: str
+    verdict: str  # supported, not supported, or undecided at this scale
+
+
+class Runs:
+    """The runs of tables, by label and seed."""
+
+    def __init__(self, tables: dict[str, Table], runs: pd.DataFrame) -> None:
+        self.tables, self.runs = tables, runs.set_index("id")
+
+    def values(self, table: str, label: str, column: str) -> pd.Series:
+        """Of each seed of a row. The column "error" is the test error in percent."""
+        frame = self.tables[table].frame
+        ids = " ".join(frame.loc[frame["label"] == label, "runs"]).split()
+        rows = self.runs.loc[ids].set_index("seed")
+        return 100 * (1 - rows["test_accuracy"]) if column == "error" else rows[column].dropna()
+
+    def gap(self, table: str, label: str, other: str, column: str = "error") -> Estimate:
+        """`label` less `other`, paired by seed."""
+        return paired_difference(self.values(table, label, column), self.values(table, other, column))
+
+
+def findings(tables: dict[str, Table], runs: pd.DataFrame) -> str:
+    """The page, as Markdown. `tables` are those of `TABLES`, of one setting each; `runs` as `build_table` has
+    them, with sharpness joined where it was measured."""
+    known = Runs(tables, runs)
+    schedules = tables["schedules"]
+    gain = known.gap("schedules", "SAM", "SGD")
+    margin = abs(gain.mean) / 2
+    found = [
+        Finding("SAM generalises better than SGD", f"SAM − SGD {_points(gain)}", _below(gain, 0.0)),
+        *_comparable(known, margin),
+        *_matched(known, margin),
+        *_late(known),
+        *_flatter(known),
+        _time(known),
+    ]
+    n = schedules.frame["test_error_percent.n"]
+    parts = [
+        "# Findings",
+        f"{schedules.setting}, n = {n.min()} to {n.max()} seeds a row. Differences are of test error in "
+        "percentage points, paired by seed, with 95 % t-intervals, not corrected for their number; negative "
+        "is better. An interval that includes 0 decides nothing. Tables: "
+        + ", ".join(f"[{name}]({name}.md)" for name in tables)
+        + ".",
+        pipes([{"Claim": f.claim, "Measured": f.measured, "Verdict": f.verdict} for f in found]),
+        f"*Comparable* and *matches* mean: the interval lies below half of SAM's gain over SGD, {margin:.2f} "
+        "points; *not supported*: it lies above. Images, network and training are small, so a verdict holds "
+        "for this setting and no other.",
+        "## Choosing a schedule",
+        _choosing(known),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _comparable(known: Runs, margin: float) -> list[Finding]:
+    found = []
+    for family in HALVES:
+        gap = known.gap("schedules", f"{family} p = 0.5", "SAM")
+        name = family.removesuffix(" rising")
+        found.append(
+            Finding(
+                f"RST at η ≈ 1.5 is comparable with SAM: {name}",
+                f"RST − SAM {_points(gap)}",
+                _below(gap, margin),
+            )
+        )
+    return found
+
+
+def _matched(known: Runs, margin: float) -> list[Finding]:
+    """G-RST at each γ."""
+    labels = [x for x in known.tables["gamma"].frame["label"] if x.startswith("p = 0.5") and "RST" not in x]
+    found = []
+    for label in labels:
+        gap = known.gap("gamma", label, "SAM")
+        name = label.partition(", ")[2]
+        found.append(
+            Finding(
+                f"G-RST at η ≈ 1.5 matches or beats SAM: {name}",
+                f"G-RST − SAM {_points(gap)}",
+                "supported: beats" if _below(gap, 0.0) == "supported" else _below(gap, margin),
+            )
+        )
+    return found
+
+
+def _late(known: Runs) -> list[Finding]:
+    found = []
+    for p in ("0.5", "0.25"):
+        gap = known.gap("schedules", f"piecewise rising p = {p}", f"constant p = {p}")
+        found.append(
+            Finding(
+                f"A budget spent late beats one spread evenly, p = {p}",
+                f"piecewise − constant {_points(gap)}",
+                _below(gap, 0.0),
+            )
+        )
+        gap = known.gap("schedules", f"piecewise rising p = {p}", f"piecewise falling p = {p}")
+        found.append(
+            Finding(
+                f"Late beats early, p = {p}", f"piecewise rising − falling {_points(gap)}", _below(gap, 0.0)
+            )
+        )
+    return found
+
+
+def _flatter(known: Runs) -> list[Finding]:
+    if not set(SHARPNESS) <= set(known.runs.columns):
+        return [Finding("SAM's minima are flatter", "not measured", "not run")]
+    found = []
+    for column, name in zip(SHARPNESS, ("λ_max", "L(θ + ε) − L(θ)"), strict=True):
+        for label, short in (("SAM", "SAM"), ("linear rising p = 0.5", "RST linear")):
+            ratio = _log_ratio(known, label, column)
+            low, high = (math.exp(ratio.mean + sign * ratio.half_width) for sign in (-1, 1))
+            text = f"{name} of {short} / SGD's {math.exp(ratio.mean):.2f} [{low:.2f}, {high:.2f}]"
+            text += f" (n = {ratio.n})"
+            found.append(Finding(f"{short}'s minima are flatter: {name}", text, _below(ratio, 0.0)))
+    return found
+
+
+def _log_ratio(known: Runs, label: str, column: str) -> Estimate:
+    """Of a row to SGD's, paired by seed. Sharpness is positive and spreads by factors."""
+    ours, theirs = (known.values("schedules", name, column) for name in (label, "SGD"))
+    if (ours <= 0).any() or (theirs <= 0).any():
+        return estimate([])
+    return paired_difference(np.log(ours), np.log(theirs))
+
+
+def _time(known: Runs) -> Finding:
+    """Seconds a step against η, each row's mean relative to SGD's."""
+    frame = known.tables["schedules"].frame
+    ratios = frame["time_relative_to_SGD"] / frame["eta.mean"]
+    others = ratios[frame["label"] != "SGD"].dropna()
+    if others.empty:
+        return Finding("Time follows η", "not measured", "not run")
+    low, middle, high = others.min(), others.median(), others.max()
+    text = f"(time / SGD's) / η: median {middle:.2f}, from {low:.2f} to {high:.2f} over {len(others)} rows"
+    verdict = "supported" if low >= 0.85 and high <= 1.15 else "undecided at this scale"
+    return Finding("Training time follows η (within 15 %)", text, verdict)
+
+
+def _choosing(known: Runs) -> str:
+    """From the numbers: the best of each p, and whether any is better than the simplest."""
+    sentences = []
+    frame = known.tables["schedules"].frame
+    for p in ("0.25", "0.5"):
+        families = (f" rising p = {p}", f" falling p = {p}")
+        labels = [x for x in frame["label"] if x == f"constant p = {p}" or x.endswith(families)]
+        errors = {label: estimate(known.values("schedules", label, "error")).mean for label in labels}
+        best = min(errors, key=lambda label: errors[label])
+        even = f"constant p = {p}"
+        gaps = {label: known.gap("schedules", label, even) for label in labels if label != even}
+        better = [label for label, gap in gaps.items() if _below(gap, 0.0) == "supported"]
+        worse = [label for label, gap in gaps.items() if gap.excludes_zero and gap.mean > 0]
+        sentences.append(
+            f"At p = {p} (η ≈ {1 + float(p):g}) the lowest mean error of {len(labels)} schedules is "
+            f"{best.removesuffix(f' p = {p}')}'s, {errors[best]:.2f} %; constant has {errors[even]:.2f} %. "
+            + _listed("Better than constant by an interval that excludes 0", better, p)
+            + _listed("Worse", worse, p)
+        )
+    rising = [x for x in frame["label"] if " rising " in x]
+    later = [known.gap("schedules", x, x.replace("rising", "falling")) for x in rising]
+    n_better = sum(_below(gap, 0.0) == "supported" for gap in later)
+    n_worse = sum(gap.excludes_zero and gap.mean > 0 for gap in later)
+    sentences.append(
+        f"Of {len(later)} pairs of one schedule rising and falling, rising is better in {n_better}, worse in "
+        f"{n_worse} and undecided in {len(later) - n_better - n_worse}."
+    )
+    return " ".join(sentences)
+
+
+def _listed(what: str, labels: Sequence[str], p: str) -> str:
+    names = ", ".join(label.removesuffix(f" p = {p}") for label in labels)
+    return f"{what}: {names or 'none'}. "
+
+
+def _below(gap: Estimate, bound: float) -> str:
+    """Whether the interval lies below `bound`, above it, or around it."""
+    if gap.n < MIN_SEEDS or not gap.std > 1e-9:
+        return "undecided at this scale"
+    if gap.mean + gap.half_width < bound:
+        return "supported"
+    return "not supported" if gap.mean - gap.half_width > bound else "undecided at this scale"
+
+
+def _points(gap: Estimate) -> str:
+    low, high = gap.mean - gap.half_width, gap.mean + gap.half_width
+    return f"{gap.mean:+.2f} [{low:+.2f}, {high:+.2f}] (n = {gap.n})".replace("-", "−")
