@@ -243,9 +243,11 @@ def _lines(table: Table, usual: Sequence[str]) -> list[dict[str, str]]:
 
 
 def _shown(table: Table, usual: Sequence[str]) -> list[str]:
-    """The metrics that are shown: of sharpness only where it was measured."""
+    """The metrics that are shown: those asked for, else the usual ones, sharpness where it was measured."""
+    if table.metrics:
+        return list(table.metrics)
     measured = [name for name in SHARPNESS if table.frame.get(f"{name}.n", pd.Series(dtype=int)).any()]
-    return [name for name in table.metrics or usual if name not in SHARPNESS or name in measured]
+    return [name for name in usual if name not in SHARPNESS or name in measured]
 
 
 def _cell(table: Table, line: dict[Any, Any], metric: str) -> tuple[str, str]:

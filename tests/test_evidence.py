@@ -1,0 +1,91 @@
+"""The committed results: from their records alone, byte for byte, and a run of them again by its command."""
+
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, command
+
+from rst.record import provenance
+from rst.tables import read_runs
+
+RESULTS = ROOT / "results"
+RECORDED = sorted(path.parent.name for path in RESULTS.glob("*/runs.csv"))
+TABLES = {
+    protocol: sorted(
+        path.stem for path in (RESULTS / protocol).glob("*.md") if path.with_suffix(".tex").exists()
+    )
+    for protocol in RECORDED
+}
+TOLERANCE = 0.03  # of test accuracy on another machine: a few times its spread over seeds
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("protocol", RECORDED)
+def test_tables_and_figures_follow_from_the_records(protocol, tmp_path):
+    """What `make reproduce-tables REUSE=1` writes on a fresh clone, where no run's folder is."""
+    copy = tmp_path / "results" / protocol
+    copy.mkdir(parents=True)
+    records = {"runs.csv", "curves.csv", "sharpness.csv"}
+    for name in records:
+        if (RESULTS / protocol / name).exists():
+            shutil.copy(RESULTS / protocol / name, copy)
+    where = ["--results", tmp_path / "results", "--outputs", tmp_path / "outputs"]
+    arguments = [
+        "--protocol",
+        protocol,
+        "--table",
+        ",".join(TABLES[protocol]),
+        "--reuse",
+        "--collect",
+        *where,
+    ]
+    done = command(sys.executable, "scripts/reproduce.py", *arguments)
+    assert done.returncode == 0, done.stderr
+    written = {path.name: path.read_bytes() for path in copy.iterdir()}
+    committed = {path.name: path.read_bytes() for path in (RESULTS / protocol).iterdir()}
+    committed.pop("PILOT.md", None)  # written by hand
+    assert written.keys() == committed.keys()
+    assert {name for name in written if written[name] != committed[name]} == set()
+
+
+@pytest.mark.parametrize("protocol", RECORDED)
+def test_the_propagation_count_is_the_coins(protocol):
+    """Within 4 standard deviations of its closed form, for every run."""
+    runs = read_runs(RESULTS / protocol / "runs.csv")
+    away = (runs["propagations"] - runs["expected_propagations"]).abs()
+    assert (away <= 4 * runs["propagations_std"] + 1e-9).all()
+    assert (runs["propagations"] == runs["steps"] + runs["sam_steps"]).all()
+    assert not runs["dirty"].any()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("protocol", RECORDED)
+def test_a_recorded_run_repeats(protocol, tmp_path):
+    """The first SGD run, by its recorded command: to the last digit where PyTorch and the CPU are those that
+    made the record."""
+    runs = read_runs(RESULTS / protocol / "runs.csv")
+    validating = runs["command"].str.contains("validation=true")
+    one = runs[(runs["choices.method"] == "sgd") & (runs["seed"] == 0) & ~validating].iloc[0]
+    words = one["command"].split()
+    assert words[:2] == ["python", "train.py"]
+    if "protocol=cpu" in words:
+        archive = ROOT.parent / "shared" / "data" / "cifar10-jpeg.tar.gz"
+        if not (ROOT / "data" / "cifar10").is_dir() and not archive.is_file():
+            pytest.skip(f"needs CIFAR-10 as JPEG files, in data/cifar10 or {archive}")
+        unpacked = command(sys.executable, "scripts/data.py")
+        assert unpacked.returncode == 0, unpacked.stderr
+    done = command(sys.executable, *words[1:], f"outputs={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    accuracy = float(re.search(r"test accuracy ([\d.]+)%", done.stdout)[1]) / 100
+    made_with = provenance(torch.device("cpu"))
+    same = made_with["versions"]["torch"], made_with["device_name"]
+    if same == (one["versions.torch"], one["device_name"]):
+        assert accuracy == pytest.approx(one["test_accuracy"], abs=5e-5)  # as printed
+        (found,) = Path(tmp_path).glob("*/result.json")
+        assert f'"test_accuracy": {one["test_accuracy"]}' in found.read_text()
+    else:
+        assert accuracy == pytest.approx(one["test_accuracy"], abs=TOLERANCE)
