@@ -5,6 +5,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import matplotlib
 import pytest
 import torch
 from conftest import ROOT, command
@@ -20,6 +21,7 @@ TABLES = {
     )
     for protocol in RECORDED
 }
+MATPLOTLIB = "3.11.2"  # that the committed figures were drawn with
 TOLERANCE = 0.03  # of test accuracy on another machine: a few times its spread over seeds
 
 
@@ -49,6 +51,11 @@ def test_tables_and_figures_follow_from_the_records(protocol, tmp_path):
     committed = {path.name: path.read_bytes() for path in (RESULTS / protocol).iterdir()}
     committed.pop("PILOT.md", None)  # written by hand
     assert written.keys() == committed.keys()
+    if matplotlib.__version__ != MATPLOTLIB:  # which may draw a line otherwise
+        written, committed = (
+            {name: content for name, content in files.items() if not name.endswith((".png", ".pdf"))}
+            for files in (written, committed)
+        )
     assert {name for name in written if written[name] != committed[name]} == set()
 
 
