@@ -42,7 +42,7 @@ test-slow: .venv/stamp
 crash-test: .venv/stamp
 	OMP_NUM_THREADS=1 $(BIN)/python scripts/crash_test.py
 
-# Against the limits of what training costs, and against others: 20 minutes. ARGS="--sections data" for a part.
+# Against the limits of what training costs, and against others: 16 minutes. ARGS="--sections data" for a part.
 benchmark: .venv/stamp
 	$(BIN)/python scripts/benchmark.py $(ARGS)
 

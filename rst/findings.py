@@ -11,7 +11,7 @@ from rst.rendering import pipes
 from rst.tables import MIN_SEEDS, SHARPNESS, Estimate, Table, estimate, paired_difference
 
 TABLES = ("schedules", "constant", "gamma")  # what the page is made of
-HALVES = ("constant", "piecewise rising", "linear rising", "trigonometric rising")  # families, at one p
+FAMILIES = ("constant", "piecewise rising", "linear rising", "trigonometric rising")  # at one p
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def findings(tables: dict[str, Table], runs: pd.DataFrame) -> str:
     known = Runs(tables, runs)
     schedules = tables["schedules"]
     gain = known.gap("schedules", "SAM", "SGD")
-    margin = abs(gain.mean) / 2
+    margin = max(-gain.mean, 0.0) / 2
     found = [
         Finding("SAM generalises better than SGD", f"SAM − SGD {_points(gain)}", _below(gain, 0.0)),
         *_comparable(known, margin),
@@ -54,10 +54,10 @@ def findings(tables: dict[str, Table], runs: pd.DataFrame) -> str:
         *_flatter(known),
         _time(known),
     ]
-    n = schedules.frame["test_error_percent.n"]
+    n = " to ".join(map(str, sorted(set(schedules.frame["test_error_percent.n"]))))
     parts = [
         "# Findings",
-        f"{schedules.setting}, n = {n.min()} to {n.max()} seeds a row. Differences are of test error in "
+        f"{schedules.setting}, n = {n} seeds a row. Differences are of test error in "
         "percentage points, paired by seed, with 95 % t-intervals, not corrected for their number; negative "
         "is better. An interval that includes 0 decides nothing. Tables: "
         + ", ".join(f"[{name}]({name}.md)" for name in tables)
@@ -68,13 +68,15 @@ def findings(tables: dict[str, Table], runs: pd.DataFrame) -> str:
         "for this setting and no other.",
         "## Choosing a schedule",
         _choosing(known),
+        "## Where the numbers come from",
+        " ".join(schedules.provenance),
     ]
     return "\n\n".join(parts) + "\n"
 
 
 def _comparable(known: Runs, margin: float) -> list[Finding]:
     found = []
-    for family in HALVES:
+    for family in FAMILIES:
         gap = known.gap("schedules", f"{family} p = 0.5", "SAM")
         name = family.removesuffix(" rising")
         found.append(

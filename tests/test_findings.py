@@ -75,7 +75,7 @@ def test_verdicts():
     assert found["SAM's minima are flatter"] == ("not measured", "not run")
     assert "At p = 0.5 (η ≈ 1.5) the lowest mean error of 7 schedules is piecewise rising's" in text
     assert "Better than constant by an interval that excludes 0: piecewise rising." in text
-    assert "n = 5 to 5 seeds" in text
+    assert "n = 5 seeds a row" in text and "commit 1234567" in text
 
 
 def test_what_includes_zero_decides_nothing():
