@@ -423,6 +423,7 @@ CHECKPOINTS = {
 @pytest.mark.parametrize("spoil", CHECKPOINTS)
 def test_checkpoints(spoil, run_train, tmp_path):
     arguments = ["protocol=quick", "epochs=2", "model.width=4", f"outputs={tmp_path}"]
+    arguments.append("checkpoint.every_epochs=1")
     run_train(*arguments)
     (folder,) = tmp_path.iterdir()
     (folder / "result.json").unlink()

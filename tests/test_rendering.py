@@ -14,7 +14,7 @@ import pytest
 from test_tables import COMMAND, ERRORS, records, rows, table_of
 
 from rst.rendering import SETTINGS_ACROSS, escape_latex, to_csv, to_latex, to_markdown, write_report
-from rst.tables import METRICS, Row, build_table, read_runs, runs_frame, write_runs
+from rst.tables import METRICS, SHARPNESS, Row, build_table, read_runs, runs_frame, write_runs
 
 PIPE = r"(?<!\\)\|"
 
@@ -138,7 +138,18 @@ def test_no_time_is_explained():
     assert not any(note.startswith("No time") for note in of_table(table_of(records())))
 
 
-@pytest.mark.parametrize("metric", METRICS)
+def test_sharpness_is_shown_where_it_was_measured():
+    runs = runs_frame(records())
+    top = runs["choices.method"].map({"sgd": 40.0, "sam": 10.0}) + runs["seed"].astype(float)
+    lines = cells(build_table("A title", "A setting", rows(), runs.assign(lambda_max=top, in_ball=top / 300)))
+    assert [line["λ_max"] for line in lines] == ["42.0 ± 1.6", "12.0 ± 1.6", "not measured"]
+    assert [line["L(θ + ε) − L(θ)"] for line in lines[:2]] == ["0.140 ± 0.005", "0.0400 ± 0.0053"]
+    few = runs.assign(lambda_max=top.where(runs["seed"] < 3), in_ball=np.nan)
+    lines = cells(build_table("A title", "A setting", rows(), few))
+    assert lines[0]["λ_max"] == "41.0 ± 1.0 (n = 3)" and "L(θ + ε) − L(θ)" not in lines[0]
+
+
+@pytest.mark.parametrize("metric", sorted(set(METRICS) - set(SHARPNESS)))
 def test_each_metric_can_be_shown_alone(metric):
     everything = cells(table_of(records()))
     shown = cells(table_of(records(), metrics=[metric]))

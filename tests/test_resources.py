@@ -25,7 +25,7 @@ from rst.data import evaluation_batches, image_files, image_folder
 from rst.interruption import SIGNALS
 from rst.record import LONGEST_NAME, Run
 
-RUN = ["protocol=quick", "model.width=8"]
+RUN = ["protocol=quick", "model.width=8", "checkpoint.every_epochs=1"]
 
 
 @contextmanager

@@ -113,7 +113,8 @@ def test_a_completed_run_returns_at_once_and_an_interrupted_one_resumes(
 def test_wandb_offline_holds_accuracy_and_propagations(tmp_path):
     key = "0123456789abcdef" * 2 + "01234567"
     environment = {"WANDB_MODE": "offline", "WANDB_API_KEY": key, "HOME": str(tmp_path)}
-    done = train_command(*SHORT, "tracker=wandb", "method=sam", f"outputs={tmp_path}", env=environment)
+    asked = [*SHORT, "evaluate_every=1", "tracker=wandb", "method=sam", f"outputs={tmp_path}"]
+    done = train_command(*asked, env=environment)
     assert done.returncode == 0, done.stderr
     folder = only(tmp_path.glob("digits*"))
     offline = only((folder / "wandb").glob("offline-run-*"))
