@@ -4,6 +4,7 @@ import hashlib
 import os
 import pickle
 import runpy
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,8 @@ from torchvision import datasets
 ROOT = Path(__file__).parent.parent
 PER_CIFAR_FILE = 20
 
+# A shell has what it starts in the background ignore it, and so all that the tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 settings.register_profile("busy machine", deadline=None)
 settings.load_profile("busy machine")
 

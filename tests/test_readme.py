@@ -115,6 +115,7 @@ def test_the_table_is_the_committed_one():
         assert match[0] == match[1] + readme.section(match[2], markdown) + match[3]
 
 
+@pytest.mark.slow
 def test_list_and_the_table_of_models():
     done = train_command("--list")
     assert done.returncode == 0, done.stderr

@@ -149,6 +149,7 @@ def test_collecting_runs_nothing(tmp_path):
     assert not list((tmp_path / "outputs").glob("digits*"))
 
 
+@pytest.mark.slow
 def test_failing_runs_leave_the_others_and_the_table_says_so(again):
     """One that raises, one whose loss is not finite, one whose process is killed."""
     outputs = again / "outputs"
@@ -199,6 +200,7 @@ def test_failing_runs_leave_the_others_and_the_table_says_so(again):
     assert "failed" not in (results_of(again) / "overview.md").read_text()
 
 
+@pytest.mark.slow
 def test_a_row_of_which_all_runs_fail(tmp_path):
     short = [*SHORT[:2], "seed=0"]
     done = reproduce(tmp_path, "optimizer.lr=1e30", "clip_norm=null", short=short)
