@@ -55,6 +55,12 @@ def remove_temporary(folder: Path) -> None:
         path.unlink()
 
 
+def write_text(path: Path, text: str) -> None:
+    """`write_atomically`, of text in UTF-8."""
+    content = text.encode()
+    write_atomically(path, lambda file: file.write(content))
+
+
 def require_space(folder: Path, n_bytes: int) -> None:
     """Raises OSError where the disk of `folder`, which need not exist yet, has less space than that for its
     checkpoints, those that it holds included."""

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from hydra.utils import instantiate
 from torch.utils.flop_counter import FlopCounterMode
 
-from rst.checkpoint import write_atomically
+from rst.checkpoint import write_text
 from rst.device import PRECISIONS, allow_tf32, cpu_threads, pick_device
 from rst.record import Run, device_name
 from rst.schedule import Schedule, Warmup, expected_propagations
@@ -155,8 +155,7 @@ class Measurements:
 
     def save(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(self.kept, indent=1).encode()
-        write_atomically(self.path, lambda file: file.write(text))
+        write_text(self.path, json.dumps(self.kept, indent=1))
 
 
 @cache

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from rst.rendering import pipes
-from rst.tables import MIN_SEEDS, SHARPNESS, Estimate, Table, estimate, paired_difference
+from rst.tables import SHARPNESS, Estimate, Table, estimate, paired_difference
 
 TABLES = ("schedules", "constant", "gamma")  # what the page is made of
 FAMILIES = ("constant", "piecewise rising", "linear rising", "trigonometric rising")  # at one p
@@ -34,9 +34,9 @@ class Runs:
         rows = self.runs.loc[ids].set_index("seed")
         return 100 * (1 - rows["test_accuracy"]) if column == "error" else rows[column].dropna()
 
-    def gap(self, table: str, label: str, other: str, column: str = "error") -> Estimate:
-        """`label` less `other`, paired by seed."""
-        return paired_difference(self.values(table, label, column), self.values(table, other, column))
+    def gap(self, table: str, label: str, other: str) -> Estimate:
+        """Test error of `label` less that of `other`, paired by seed."""
+        return paired_difference(self.values(table, label, "error"), self.values(table, other, "error"))
 
 
 def findings(tables: dict[str, Table], runs: pd.DataFrame) -> str:
@@ -133,7 +133,7 @@ def _flatter(known: Runs) -> list[Finding]:
     for column, name in zip(SHARPNESS, ("λ_max", "L(θ + ε) − L(θ)"), strict=True):
         for label, short in (("SAM", "SAM"), ("linear rising p = 0.5", "RST linear")):
             ratio = _log_ratio(known, label, column)
-            low, high = (math.exp(ratio.mean + sign * ratio.half_width) for sign in (-1, 1))
+            low, high = map(math.exp, ratio.interval)
             text = f"{name} of {short} / SGD's {math.exp(ratio.mean):.2f} [{low:.2f}, {high:.2f}]"
             text += f" (n = {ratio.n})"
             found.append(Finding(f"{short}'s minima are flatter: {name}", text, _below(ratio, 0.0)))
@@ -173,7 +173,7 @@ def _choosing(known: Runs) -> str:
         even = f"constant p = {p}"
         gaps = {label: known.gap("schedules", label, even) for label in labels if label != even}
         better = [label for label, gap in gaps.items() if _below(gap, 0.0) == "supported"]
-        worse = [label for label, gap in gaps.items() if gap.excludes_zero and gap.mean > 0]
+        worse = [label for label, gap in gaps.items() if _below(gap, 0.0) == "not supported"]
         sentences.append(
             f"At p = {p} (η ≈ {1 + float(p):g}) the lowest mean error of {len(labels)} schedules is "
             f"{best.removesuffix(f' p = {p}')}'s, {errors[best]:.2f} %; constant has {errors[even]:.2f} %. "
@@ -183,7 +183,7 @@ def _choosing(known: Runs) -> str:
     rising = [x for x in frame["label"] if " rising " in x]
     later = [known.gap("schedules", x, x.replace("rising", "falling")) for x in rising]
     n_better = sum(_below(gap, 0.0) == "supported" for gap in later)
-    n_worse = sum(gap.excludes_zero and gap.mean > 0 for gap in later)
+    n_worse = sum(_below(gap, 0.0) == "not supported" for gap in later)
     sentences.append(
         f"Of {len(later)} pairs of one schedule rising and falling, rising is better in {n_better}, worse in "
         f"{n_worse} and undecided in {len(later) - n_better - n_worse}."
@@ -198,13 +198,12 @@ def _listed(what: str, labels: Sequence[str], p: str) -> str:
 
 def _below(gap: Estimate, bound: float) -> str:
     """Whether the interval lies below `bound`, above it, or around it."""
-    if gap.n < MIN_SEEDS or not gap.std > 1e-9:
-        return "undecided at this scale"
-    if gap.mean + gap.half_width < bound:
+    low, high = gap.interval
+    if gap.is_evidence and high < bound:
         return "supported"
-    return "not supported" if gap.mean - gap.half_width > bound else "undecided at this scale"
+    return "not supported" if gap.is_evidence and low > bound else "undecided at this scale"
 
 
 def _points(gap: Estimate) -> str:
-    low, high = gap.mean - gap.half_width, gap.mean + gap.half_width
+    low, high = gap.interval
     return f"{gap.mean:+.2f} [{low:+.2f}, {high:+.2f}] (n = {gap.n})".replace("-", "−")

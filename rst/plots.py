@@ -12,11 +12,12 @@ import pandas as pd
 from matplotlib import patheffects, style, ticker
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, SubFigure
 from scipy.optimize import isotonic_regression
 
 from rst.checkpoint import write_atomically
 from rst.schedule import Schedule, expected_propagations, propagations_std, uniform
+from rst.sharpness import ALPHAS
 from rst.tables import MIN_SEEDS, Table, estimate_of
 
 # Okabe and Ito's palette, less its yellow, which is too light for lines on white: a colour for each method.
@@ -175,15 +176,11 @@ def training_curves(table: Table, curves: pd.DataFrame, stem: Path) -> Figure:
     for i, look in enumerate(looks.values()):
         # As fractions of the axes' diagonal; staggered, or they hide each other.
         look["markevery"] = (i % ROWS_A_PANEL * MARKER_GAP / ROWS_A_PANEL, MARKER_GAP)
-    frame, chunks = _drawn(table, curves)
-    drawn = frame.assign(shown=_named(frame)).set_index("label")
     with style.context(STYLE):
-        figure = Figure(figsize=(10, 7.5 * len(chunks)), dpi=120, layout="constrained")
-        figure.suptitle(_title(table, frame, width=120), fontsize=9)
-        panels = figure.subfigures(len(chunks), 1, squeeze=False).flat
-        for panel, chunk in zip(panels, chunks, strict=True):
+        figure, panels = _panels(table, curves, height=7.5)
+        for panel, rows in panels:
             grid = panel.subplots(2, 2, sharex="col", sharey="row")
-            for label, row in drawn[drawn.index.isin([table.baseline, table.reference, *chunk])].iterrows():
+            for label, row in rows.iterrows():
                 runs = curves[curves["id"].isin(row["runs"].split())]
                 _draw_curves(grid, runs, {"label": row["shown"], **looks[str(label)]})
             grid[0, 0].set_ylabel("test error (%), mean ± std")
@@ -206,15 +203,11 @@ def sharpness_figure(table: Table, sharpness: pd.DataFrame, stem: Path) -> Figur
     along filter-normalised random directions (mean over seeds), for the rows of which runs were measured.
     Above 12 rows the panels repeat, each with reference and baseline."""
     looks = _looks(table)
-    frame, chunks = _drawn(table, sharpness)
-    drawn = frame.assign(shown=_named(frame)).set_index("label")
     with style.context(STYLE):
-        figure = Figure(figsize=(10, 4.8 * len(chunks)), dpi=120, layout="constrained")
-        figure.suptitle(_title(table, frame, width=120), fontsize=9)
-        panels = figure.subfigures(len(chunks), 1, squeeze=False).flat
-        for panel, chunk in zip(panels, chunks, strict=True):
+        figure, panels = _panels(table, sharpness, height=4.8)
+        for panel, rows in panels:
             points, lines = panel.subplots(1, 2)
-            for label, row in drawn[drawn.index.isin([table.baseline, table.reference, *chunk])].iterrows():
+            for label, row in rows.iterrows():
                 look = {"label": row["shown"], **looks[str(label)]}
                 error, top = estimate_of(row, "test_error_percent"), estimate_of(row, "lambda_max")
                 dot = {key: value for key, value in look.items() if key != "ls"}
@@ -222,7 +215,7 @@ def sharpness_figure(table: Table, sharpness: pd.DataFrame, stem: Path) -> Figur
                 points.errorbar(top.mean, error.mean, **bars, lw=0.8, ms=6, **dot)
                 curves = sharpness[sharpness["id"].isin(row["runs"].split())]["curve"]
                 mean = np.mean([np.array(text.split(), dtype=float) for text in curves], axis=0)
-                lines.plot(np.linspace(-1, 1, len(mean)), mean, lw=1.2, ms=4, markevery=0.2, **look)
+                lines.plot(ALPHAS, mean, lw=1.2, ms=4, markevery=0.2, **look)
             points.set_xlabel("λ_max of the training loss's Hessian, mean ± std")
             points.set_ylabel("test error (%), mean ± std")
             lines.set_xlabel("distance α along a filter-normalised random direction d")
@@ -249,12 +242,21 @@ def _looks(table: Table) -> dict[str, dict[str, Any]]:
     return looks
 
 
-def _drawn(table: Table, of_runs: pd.DataFrame) -> tuple[pd.DataFrame, list[list[str]]]:
-    """The rows with a run in `of_runs`, and the labels of a panel each, without reference and baseline."""
+def _panels(
+    table: Table, of_runs: pd.DataFrame, height: float
+) -> tuple[Figure, list[tuple[SubFigure, pd.DataFrame]]]:
+    """A figure with a panel for each 12 of the rows with a run in `of_runs`, reference and baseline in all of
+    them. Of each panel its rows, by label; `shown` is what to call them. `height`: of a panel, in inches."""
     frame, known = _finished(table), set(of_runs["id"])
     frame = frame[frame["runs"].map(lambda runs: not known.isdisjoint(runs.split())).astype(bool)]
-    others = [label for label in frame["label"] if label not in (table.reference, table.baseline)]
-    return frame, _chunks(others, ROWS_A_PANEL - 2)
+    always = [table.baseline, table.reference]
+    chunks = _chunks([label for label in frame["label"] if label not in always], ROWS_A_PANEL - 2)
+    figure = Figure(figsize=(10, height * len(chunks)), dpi=120, layout="constrained")
+    figure.suptitle(_title(table, frame, width=120), fontsize=9)
+    panels = figure.subfigures(len(chunks), 1, squeeze=False).flat
+    drawn = frame.assign(shown=_named(frame)).set_index("label")
+    rows = [drawn[drawn.index.isin([*always, *chunk])] for chunk in chunks]
+    return figure, list(zip(panels, rows, strict=True))
 
 
 def _chunks(labels: list[str], most: int) -> list[list[str]]:

@@ -21,7 +21,7 @@ from filelock import FileLock, Timeout
 from omegaconf import OmegaConf
 
 from rst import __version__, distributed
-from rst.checkpoint import remove_temporary, write_atomically
+from rst.checkpoint import remove_temporary, write_text
 from rst.device import release_memory
 
 log = logging.getLogger(__name__)
@@ -145,8 +145,8 @@ class Run:
         """Record why the run failed, until it is taken up again."""
         self.folder.mkdir(parents=True, exist_ok=True)
         when = datetime.now(UTC).isoformat(timespec="seconds")
-        text = json.dumps({"error": reason, "command": self.command, "finished": when}, indent=1).encode()
-        write_atomically(self.folder / "failed.json", lambda file: file.write(text))
+        text = json.dumps({"error": reason, "command": self.command, "finished": when}, indent=1)
+        write_text(self.folder / "failed.json", text)
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -207,10 +207,10 @@ class Run:
         """Begin or go on: write the configuration, and the metrics of the epochs that a checkpoint covers."""
         remove_temporary(self.folder)
         (self.folder / "failed.json").unlink(missing_ok=True)
-        config = OmegaConf.to_yaml(OmegaConf.create(self.config)).encode()
-        write_atomically(self.folder / "config.yaml", lambda file: file.write(config))
-        lines = "".join(json.dumps(row) + "\n" for row in metrics).encode()
-        write_atomically(self.folder / "metrics.jsonl", lambda file: file.write(lines))
+        config = OmegaConf.to_yaml(OmegaConf.create(self.config))
+        write_text(self.folder / "config.yaml", config)
+        lines = "".join(json.dumps(row) + "\n" for row in metrics)
+        write_text(self.folder / "metrics.jsonl", lines)
 
     def append(self, metrics: dict[str, Any]) -> None:
         with (self.folder / "metrics.jsonl").open("a") as file:
@@ -228,11 +228,11 @@ class Run:
             **figures,
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         }
-        text = json.dumps(result, indent=1, allow_nan=False).encode()
+        text = json.dumps(result, indent=1, allow_nan=False)
         path = self.folder / "result.json"
         if path.exists():  # one that cannot be read: see `result`
             os.replace(path, path.with_suffix(".json.old"))
-        write_atomically(path, lambda file: file.write(text))
+        write_text(path, text)
         return result
 
 

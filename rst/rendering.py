@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 from tabulate import tabulate
 
-from rst.checkpoint import write_atomically
+from rst.checkpoint import write_text
 from rst.tables import METRICS, MIN_SEEDS, SHARPNESS, Estimate, Table, estimate_of
 
 LATEX_METRICS = ("test_error", "interval", "difference_to_reference", "eta", "time")
@@ -75,7 +75,7 @@ def write_report(tables: Sequence[Table], path: Path) -> None:
         text = to_latex(tables, f"tab:{path.absolute().parent.name}-{path.stem}")
     else:
         raise ValueError(f"{path}: a table is written as .md, .csv or .tex")
-    write_atomically(path, lambda file: file.write(text.encode()))
+    write_text(path, text)
 
 
 def to_markdown(tables: Sequence[Table]) -> str:
@@ -303,8 +303,7 @@ def _mean(value: Estimate) -> str:
 
 
 def _interval(value: Estimate, sign: str = "") -> str:
-    ends = (value.mean - value.half_width, value.mean + value.half_width)
-    return f"[{', '.join(_number(end, sign) for end in ends)}]" if value.n > 1 else ""
+    return f"[{', '.join(_number(end, sign) for end in value.interval)}]" if value.n > 1 else ""
 
 
 def _count(value: Estimate, asked: str = "") -> str:

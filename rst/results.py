@@ -47,16 +47,19 @@ def collect(folder: Path, runs: Iterable[Run], outputs: Path) -> Records:
             older: list[Any] = frame.to_dict("records")
             frame = runs_frame([*older, *(result for _, result in done)])
             new = curves_frame({run.id: run.metrics() for run, _ in done})
-            curves = pd.concat([curves[~curves["id"].isin(new["id"])], new])
-            curves = curves.sort_values(["id", "epoch"], ignore_index=True)
+            curves = _updated(curves, new).sort_values(["id", "epoch"], ignore_index=True)
         measured = sharpness_frame(found for run, _ in done if (found := run.sharpness()))
         if len(measured):
-            sharpness = pd.concat([sharpness[~sharpness["id"].isin(measured["id"])], measured])
-            sharpness = sharpness.sort_values("id", ignore_index=True)
+            sharpness = _updated(sharpness, measured).sort_values("id", ignore_index=True)
             write_runs(sharpness, folder / "sharpness.csv")
         write_runs(frame, folder / "runs.csv")
         write_curves(curves, folder / "curves.csv")
     return Records(frame, curves, sharpness)
+
+
+def _updated(older: pd.DataFrame, new: pd.DataFrame) -> pd.DataFrame:
+    """With the new rows of a run in place of its older ones."""
+    return pd.concat([older[~older["id"].isin(new["id"])], new])
 
 
 def recorded_in(folder: Path) -> Records:

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from rst.checkpoint import write_atomically
+from rst.checkpoint import write_text
 
 SHARPNESS = ("lambda_max", "in_ball")  # see rst/sharpness.py
 
@@ -68,7 +68,7 @@ def runs_frame(records: Iterable[dict[str, Any]]) -> pd.DataFrame:
 def write_runs(frame: pd.DataFrame, path: Path) -> None:
     """Write runs.csv atomically: floats in their shortest exact form, missing values as empty cells."""
     text = frame.to_csv(index=False, lineterminator="\n")
-    write_atomically(path, lambda file: file.write(text.encode()))
+    write_text(path, text)
 
 
 def read_runs(path: Path) -> pd.DataFrame:
@@ -126,10 +126,19 @@ class Estimate:
     n: int
 
     @property
+    def interval(self) -> tuple[float, float]:
+        return self.mean - self.half_width, self.mean + self.half_width
+
+    @property
+    def is_evidence(self) -> bool:
+        """Not for n < 3, nor where all values are equal: on a few hundred test images equal differences are
+        common, and their interval of width 0 is no evidence."""
+        return self.n >= MIN_SEEDS and self.std > 1e-9
+
+    @property
     def excludes_zero(self) -> bool:
-        """Whether the interval excludes 0. Never for n < 3, nor where all values are equal: on a few hundred
-        test images equal differences are common, and their interval of width 0 is no evidence."""
-        return self.n >= MIN_SEEDS and self.std > 1e-9 and abs(self.mean) > self.half_width
+        """Whether the interval excludes 0; never where it is no evidence."""
+        return self.is_evidence and abs(self.mean) > self.half_width
 
 
 def estimate(values: Iterable[float]) -> Estimate:

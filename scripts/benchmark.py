@@ -15,10 +15,9 @@ from collections.abc import Sequence
 from dataclasses import fields
 from datetime import UTC, datetime
 from decimal import ROUND_CEILING, ROUND_FLOOR, ROUND_HALF_EVEN, Decimal
-from functools import partial
 from io import StringIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else the profiler writes lines of its own to stderr
 
@@ -28,7 +27,7 @@ import torch
 from tabulate import tabulate
 
 from rst.benchmark import Figure, Settings
-from rst.checkpoint import write_atomically
+from rst.checkpoint import write_text
 from rst.command_line import launch
 from rst.device import cpu_cores, cpu_threads
 from rst.record import provenance
@@ -109,10 +108,6 @@ def measure(sections: Sequence[str], settings: Settings) -> list[Figure]:
     return found
 
 
-def _write(content: bytes, file: BinaryIO) -> None:
-    file.write(content)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--sections", default="all", help=f"of {', '.join(SECTIONS)}; with commas, or all")
@@ -138,7 +133,7 @@ def main() -> None:
     command = shlex.join(["python", "scripts/benchmark.py", *sys.argv[1:]])
     host = re.sub(r"[^A-Za-z0-9_.-]+", "_", made_with["host"])
     for suffix, text in ((".md", to_markdown(figures, made_with, command)), (".csv", to_csv(figures))):
-        write_atomically(folder / f"{host}{suffix}", partial(_write, text.encode()))
+        write_text(folder / f"{host}{suffix}", text)
     missed = [
         f"{one.what} ({one.model}): {shown(one)}, {one.target}" for one in figures if one.reached == "no"
     ]

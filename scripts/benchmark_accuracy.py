@@ -9,7 +9,6 @@ import argparse
 import os
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from hydra.utils import instantiate
 from joblib import Parallel, delayed
 from scipy import stats
 
-from rst.checkpoint import write_atomically
+from rst.checkpoint import write_text
 from rst.command_line import launch
 from rst.data import Augment, steps_per_epoch
 from rst.device import cpu_cores, cpu_threads
@@ -43,9 +42,7 @@ def plain(config: dict[str, Any]) -> float:
     with cpu_threads(1):
         data = instantiate(config["dataset"], _convert_="all")
         model = new_model({**config, "channels_last": False}, data)
-        optimizer = torch.optim.SGD(
-            model.parameters(), config["optimizer"]["lr"], 0.9, weight_decay=config["l2"], nesterov=True
-        )
+        optimizer = instantiate(config["optimizer"])(model.parameters(), weight_decay=config["l2"])
         augment = instantiate(config["augment"])
         images = UsualImages(data.train_images, data.train_labels, augment)
         torch.manual_seed(draw(config["seed"], "model"))
@@ -141,12 +138,8 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     text = to_markdown(accuracies, setting, made_with)
     for suffix, content in ((".md", text), (".csv", accuracies.to_csv(index=False, lineterminator="\n"))):
-        write_atomically(folder / f"accuracy{suffix}", partial(_write, content.encode()))
+        write_text(folder / f"accuracy{suffix}", content)
     print(text)
-
-
-def _write(content: bytes, file: Any) -> None:
-    file.write(content)
 
 
 if __name__ == "__main__":

@@ -7,8 +7,6 @@ import tempfile
 from collections import Counter
 from pathlib import Path
 
-import torch
-
 from rst.command_line import launch
 from rst.data import ImageData, image_folder
 
@@ -18,8 +16,8 @@ COUNTS = {"train": 5000, "test": 1000}  # images of each of the ten classes
 MEANS, TOLERANCE = (0.4914, 0.4822, 0.4465), 5e-4  # of train/, in [0, 1]; JPEG moves them by less
 
 
-def unpack(archive: Path, folder: Path) -> None:
-    """`folder` appears when all of it is there. Raises ValueError for what is no such archive."""
+def unpack(archive: Path, folder: Path) -> ImageData:
+    """`folder` appears when all of it is there and verified. Raises ValueError for anything else."""
     if not archive.is_file():
         raise FileNotFoundError(
             f"no {archive}: name the archive of train/<class>/*.jpg and test/<class>/*.jpg with "
@@ -33,8 +31,9 @@ def unpack(archive: Path, folder: Path) -> None:
                 tar.extractall(inside, filter="data")
         except (tarfile.TarError, EOFError, OSError) as error:
             raise ValueError(f"cannot unpack {archive}: {error}") from None
-        verify(inside)
+        data = verify(inside)
         os.rename(inside, folder)
+    return data
 
 
 def verify(folder: Path) -> ImageData:
@@ -61,13 +60,11 @@ def main() -> None:
     parser.add_argument("--archive", type=Path, default=ARCHIVE, help="tar file of train/ and test/")
     parser.add_argument("--folder", type=Path, default=FOLDER, help="where to; verified if it is there")
     arguments = parser.parse_args()
-    if not arguments.folder.is_dir():
-        unpack(arguments.archive, arguments.folder)
-    with torch.inference_mode():
-        data = verify(arguments.folder)
+    folder = arguments.folder
+    data = verify(folder) if folder.is_dir() else unpack(arguments.archive, folder)
     means = ", ".join(f"{mean:.4f}" for mean in data.mean)
     n_train, n_test = len(data.train_labels), len(data.test_labels)
-    print(f"{arguments.folder}: {n_train} + {n_test} images, channel means {means}")
+    print(f"{folder}: {n_train} + {n_test} images, channel means {means}")
 
 
 if __name__ == "__main__":

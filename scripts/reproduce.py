@@ -21,7 +21,7 @@ from hydra.types import HydraContext
 from omegaconf import OmegaConf
 
 from rst import findings
-from rst.checkpoint import write_atomically
+from rst.checkpoint import write_text
 from rst.command_line import launch, one_line
 from rst.cost import Measurements, costs_of, schedule_of, steps_per_epoch
 from rst.device import cpu_cores
@@ -258,7 +258,7 @@ def main() -> None:
             to_wandb(table, files, arguments.protocol, outputs)
         if single.keys() >= set(findings.TABLES):
             write_findings({name: single[name] for name in findings.TABLES}, shown, folder)
-    _write_text(results / "README.md", index(results))
+    write_text(results / "README.md", index(results))
     print(f"written to {folder}: runs.csv, curves.csv, {', '.join(f'{name}.*' for name in names)}")
     for key, reason in failed.items():
         print(f"failed: {every[key].command}: {reason}", file=sys.stderr)
@@ -271,12 +271,7 @@ def write_findings(tables: dict[str, Table], runs: pd.DataFrame, folder: Path) -
     if missing:
         print(f"FINDINGS.md is written when all rows of {', '.join(tables)} are complete: {missing} are not")
         return
-    _write_text(folder / "FINDINGS.md", findings.findings(tables, runs))
-
-
-def _write_text(path: Path, text: str) -> None:
-    content = text.encode()
-    write_atomically(path, lambda file: file.write(content))
+    write_text(folder / "FINDINGS.md", findings.findings(tables, runs))
 
 
 def with_group(cell: Cell, tables: Sequence[TableRuns]) -> Cell:

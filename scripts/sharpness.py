@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 
 import rst.command_line  # noqa: F401  registers the resolver that a configuration may use
 from rst import checkpoint, sharpness
-from rst.checkpoint import write_atomically
+from rst.checkpoint import write_text
 from rst.command_line import launch
 from rst.data import ImageData, evaluation_batches
 from rst.data.images import SHARPNESS_SPLIT, stratified
@@ -73,8 +73,7 @@ def measure(folder: Path, n_images: int) -> str:
                 "seconds": time.perf_counter() - begun,
                 **provenance(torch.device("cpu")),
             }
-        text = json.dumps(found, indent=1, allow_nan=False).encode()
-        write_atomically(path, lambda file: file.write(text))
+        write_text(path, json.dumps(found, indent=1, allow_nan=False))
     return (
         f"{result['name']}: loss {found['loss']:.4f}, λ_max {found['lambda_max']:.2f}, "
         f"L(θ+ε) − L(θ) {found['in_ball']:.4f} at ρ = {found['rho']:g}"
