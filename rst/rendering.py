@@ -33,7 +33,8 @@ _NOTES = {
     "difference_to_baseline": _DIFFERENCE,
     "eta": _ETA,
     "eta_expected": _ETA,
-    "time": "Time: training seconds over {}'s, given for the same host, device, ranks and thread count only.",
+    "time": "Time: training seconds over {}'s of the same seed, the median over seeds; given for the same "
+    "host, device, ranks and thread count only.",
     "lambda_max": "λ_max: largest eigenvalue of the training loss's Hessian, mean ± s of the runs measured.",
     "in_ball": "L(θ + ε) − L(θ): what SAM's perturbation of the run's ρ adds to the training loss.",
     "best_epoch": "Best epoch: chosen on the test data, hence too low; the last epoch is the result.",
@@ -198,7 +199,7 @@ def _remarks(table: Table) -> list[str]:
     no_time = (frame["seeds"] != "") & frame[f"time_relative_to_{table.baseline}"].isna()
     if "time" in (table.metrics or METRICS) and no_time.any():
         blank = ", ".join(frame.loc[no_time, "label"])
-        remarks.append(f"No time for {blank}: {table.baseline} has no runs on the same machine.")
+        remarks.append(f"No time for {blank}: no {table.baseline} of these seeds on the same machine.")
     if frame.filter(regex=r"^(test_error|difference).*\.n$").isin(range(1, MIN_SEEDS)).any(axis=None):
         remarks.append(f"† fewer than {MIN_SEEDS} seeds: no ground for a comparison.")
     return remarks

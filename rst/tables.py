@@ -289,7 +289,8 @@ def _relative_time(group: pd.DataFrame, baseline: pd.DataFrame) -> float:
     machines = both[["host", "device_name", "ranks", "threads"]].assign(kind=kind).drop_duplicates()
     if group.empty or baseline.empty or len(machines) > 1 or machines.isna().any(axis=None):
         return np.nan
-    return estimate(group["seconds.train"]).mean / estimate(baseline["seconds.train"]).mean
+    # A median, since a shared machine has slow hours; nan where no seed is shared.
+    return float((group["seconds.train"] / baseline["seconds.train"]).median())
 
 
 def _distinct(runs: pd.DataFrame, column: str) -> str:

@@ -133,7 +133,7 @@ def test_no_time_is_explained():
     some = [r | {"host": "other"} if r["id"] == "2e000004" else r for r in records()]
     table = table_of(some)
     assert [row["Time / SGD's"] for row in cells(table)] == ["1.00", "1.98", ""]
-    assert "No time for RST: SGD has no runs on the same machine." in of_table(table)
+    assert "No time for RST: no SGD of these seeds on the same machine." in of_table(table)
     assert not any("time" in note.lower() for note in of_table(replace(table, metrics=("eta",))))
     assert not any(note.startswith("No time") for note in of_table(table_of(records())))
 

@@ -375,6 +375,15 @@ def test_time_is_given_only_for_the_same_machine(change, given_):
     assert times.notna().tolist() == [True, True, given_]
 
 
+def test_time_is_paired_by_seed_and_a_slow_hour_is_felt_little():
+    slow = [r | {"seconds": {"train": 100.0}} if r["id"] == "2e000000" else r for r in records()]
+    assert table_of(slow).frame["time_relative_to_SGD"].iloc[2] == pytest.approx(15.2 / 10.2)
+    first = [r for r in records() if r["id"] not in ("2e000002", "2e000003", "2e000004")]
+    assert table_of(first).frame["time_relative_to_SGD"].iloc[2] == pytest.approx((15 / 10 + 15.1 / 10.1) / 2)
+    none_shared = [r for r in first if r["id"] not in ("0e000000", "0e000001")]  # SGD: 2 to 4, RST: 0, 1
+    assert table_of(none_shared).frame["time_relative_to_SGD"].isna().tolist() == [False, False, True]
+
+
 def test_equal_devices_of_one_host_are_one_machine():
     some = [r | {"device": f"cuda:{i % 2}"} for i, r in enumerate(records())]
     assert table_of(some).frame["time_relative_to_SGD"].iloc[2] == pytest.approx(15.2 / 10.2)
