@@ -213,8 +213,8 @@ def test_a_batch_that_does_not_divide_is_refused(monkeypatch):
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "train.py"]
 # Eight epochs of six steps, and with ε from the whole batch and without BatchNorm one result for all ranks.
 ARGUMENTS = ["protocol=quick", "batch_size=216", "epochs=8", "method=sam", "method.sync_perturbation=true"]
-ARGUMENTS.append("checkpoint.every_epochs=1")
 ARGUMENTS += [
+    "checkpoint.every_epochs=1",
     "model=timm",
     "model.name=vit_tiny_patch16_224",
     "+model.patch_size=4",

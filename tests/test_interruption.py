@@ -14,8 +14,14 @@ from conftest import ROOT
 from rst.interruption import SIGNALS, Interruption
 
 # Eight epochs of six steps, some 0.3 s each on this project's machines; a checkpoint an epoch.
-ARGUMENTS = ["protocol=quick", "batch_size=216", "model.width=32", "epochs=8", "method=sam"]
-ARGUMENTS.append("checkpoint.every_epochs=1")
+ARGUMENTS = [
+    "protocol=quick",
+    "batch_size=216",
+    "model.width=32",
+    "epochs=8",
+    "method=sam",
+    "checkpoint.every_epochs=1",
+]
 
 
 def wait_until(condition, seconds=60):
