@@ -8,9 +8,9 @@ from conftest import ROOT
 from test_rendering import pipe_tables
 from test_tables import record
 
-from rst.findings import TABLES, findings
+from rst.findings import TABLES, _widened, findings
 from rst.sweeps import read_specification
-from rst.tables import Row, build_table, runs_frame
+from rst.tables import Row, build_table, estimate, runs_frame
 
 CONF = ROOT / "conf"
 # Percentage points beside SAM's error, of which each seed's noise is the same in every row but for its own.
@@ -74,14 +74,36 @@ def test_verdicts():
     assert found["Late beats early, p = 0.5"][1] == "supported"
     assert found["SAM's minima are flatter"] == ("not measured", "not run")
     assert "At p = 0.5 (η ≈ 1.5) the lowest mean error of 7 schedules is piecewise rising's" in text
-    assert "Better than constant by an interval that excludes 0: piecewise rising." in text
-    assert "n = 5 seeds a row" in text and "commit 1234567" in text
+    at_quarter, at_half = text.split("At p = 0.5")
+    assert "better than constant: none; worse: none; " in at_quarter
+    assert (
+        "better than constant: piecewise rising; worse: trigonometric rising, piecewise falling; " in at_half
+    )
+    assert "better than SGD: constant, piecewise rising, " in at_half
+    # By its own little noise γ = 0.5 is better by an interval that excludes 0; not among 16 comparisons.
+    assert "better than γ = 1: γ = 0.5, γ = 2.0; worse: γ = 3.0." in text
+    stands = text.split("these 16 comparisons with the simplest choice, constant p and γ = 1 ")[1].split(
+        "\n"
+    )[0]
+    assert stands == (
+        "(Bonferroni): prefer to it piecewise rising p = 0.5, p = 0.5 with γ = 2.0; avoid "
+        "trigonometric rising p = 0.5, piecewise falling p = 0.5, p = 0.5 with γ = 3.0."
+    )
 
 
 def test_what_includes_zero_decides_nothing():
-    _, found = page({})
+    text, found = page({})
     assert found["SAM generalises better than SGD"][1] == "undecided at this scale"
     assert found["Late beats early, p = 0.5"][1] == "undecided at this scale"
+    assert "prefer to it none; avoid none.\n" in text
+
+
+def test_intervals_for_many_comparisons():
+    """By t's table: 2.776 and, at 1 − 0.025/5 = 0.995, 4.604 for 4 degrees of freedom."""
+    one = estimate([1.0, 2.0, 3.0, 4.0, 5.0])
+    assert _widened(one, 1) == one
+    assert _widened(one, 5).half_width / one.half_width == pytest.approx(4.604 / 2.776, rel=1e-3)
+    assert _widened(estimate([1.0]), 5).n == 1
 
 
 def test_sharpness_as_ratios():
