@@ -20,8 +20,9 @@ from torch.nn.utils import get_total_norm
 Batches = Sequence[tuple[Tensor, Tensor]]  # normalized images [B, C, H, W], labels [B]
 
 TOLERANCE = 1e-5  # of λ_max, relative
+KRYLOV = 10  # vectors of Lanczos' before its first check: a few do, and each is a Hessian-vector product
 ALPHAS = tuple(round(-1 + 0.1 * i, 1) for i in range(21))  # distances along a direction
-DIRECTIONS = 5
+DIRECTIONS = 3
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,8 @@ def lambda_max(model: nn.Module, batches: Batches) -> float:
         model, nn.CrossEntropyLoss(), parameters, batches, check_deterministic=False
     ).to_scipy()
     start = np.random.default_rng(0).standard_normal(operator.shape[0]).astype(operator.dtype)
-    values = eigsh(operator, k=1, which="LA", tol=TOLERANCE, v0=start, return_eigenvectors=False)
+    ncv = min(KRYLOV, len(start))
+    values = eigsh(operator, k=1, which="LA", ncv=ncv, tol=TOLERANCE, v0=start, return_eigenvectors=False)
     return float(values[0])
 
 

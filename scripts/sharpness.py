@@ -83,7 +83,7 @@ def measure(folder: Path, n_images: int) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a finished run")
-    parser.add_argument("--images", type=int, default=1000, help="training images that the loss is over")
+    parser.add_argument("--images", type=int, default=500, help="training images that the loss is over")
     parser.add_argument("--jobs", type=int, default=cpu_cores(), help="runs at once")
     arguments = parser.parse_args()
     if arguments.jobs < 1:
