@@ -1,10 +1,11 @@
-# Each target sets up .venv by itself: once, and again when pyproject.toml changes.
+# Each target sets up .venv by itself: once, and again when what it is made of changes.
 PYTHON ?= python3
 PROTOCOL ?= quick
 TABLES_cpu := pilot,schedules,constant,gamma
 TABLE ?= $(or $(TABLES_$(PROTOCOL)),overview)
 LAUNCHER ?= joblib
 ARGS ?= # overrides for every run of a table, such as epochs=1
+SHARPNESS ?= # 1: measure how sharp the minima of the runs are, too
 REUSE ?= # 1: runs that results/<protocol>/runs.csv records count as complete
 RATE ?= # images a second and propagation, for the plan; measured when not given
 JOBS ?= # processes at once, with joblib; as many as cores when not given
@@ -15,7 +16,7 @@ WHICH = --protocol $(PROTOCOL) --table $(TABLE)
 .PHONY: data reproduce-tables tables plan readme test test-slow crash-test benchmark benchmark-accuracy lint format clean
 
 reproduce-tables: .venv/stamp
-	$(BIN)/python scripts/reproduce.py $(WHICH) $(if $(REUSE),--reuse) --launcher $(LAUNCHER) $(if $(JOBS),--jobs $(JOBS)) $(ARGS)
+	$(BIN)/python scripts/reproduce.py $(WHICH) $(if $(REUSE),--reuse) $(if $(SHARPNESS),--sharpness) --launcher $(LAUNCHER) $(if $(JOBS),--jobs $(JOBS)) $(ARGS)
 
 # CIFAR-10 as JPEG files, for protocol=cpu: unpacked from ARCHIVE where data/cifar10 is not there, and verified.
 data: .venv/stamp
@@ -59,11 +60,11 @@ format: .venv/stamp
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-.venv/stamp: pyproject.toml
+.venv/stamp: pyproject.toml results/constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v < (3, 14) else \
 	  f"Python 3.11, 3.12 or 3.13 is needed, $(PYTHON) is {v[0]}.{v[1]}: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --constraint results/constraints.txt --editable '.[dev]'
 	@touch $@
 
 clean:

@@ -114,7 +114,7 @@ def error_against_propagations(table: Table, stem: Path) -> Figure:
         axes.grid(axis="y", color="0.93")
         axes.set_axisbelow(True)
         axes.set_xlabel("average propagation count η (forward-backward passes per step)")
-        axes.set_ylabel("test error (%), mean and 95 % interval")
+        axes.set_ylabel(f"{table.split} error (%), mean and 95 % interval")
         axes.set_title(_title(table, frame, width=110), fontsize=9)
         _write(figure, stem)
     return figure
@@ -183,7 +183,7 @@ def training_curves(table: Table, curves: pd.DataFrame, stem: Path) -> Figure:
             for label, row in rows.iterrows():
                 runs = curves[curves["id"].isin(row["runs"].split())]
                 _draw_curves(grid, runs, {"label": row["shown"], **looks[str(label)]})
-            grid[0, 0].set_ylabel("test error (%), mean ± std")
+            grid[0, 0].set_ylabel(f"{table.split} error (%), mean ± std")
             grid[1, 0].set_ylabel("training loss (nats), mean ± std")
             grid[1, 0].set_xlabel("epoch")
             grid[1, 1].set_xlabel("propagations (forward-backward passes)")
@@ -200,15 +200,18 @@ def training_curves(table: Table, curves: pd.DataFrame, stem: Path) -> Figure:
 
 def sharpness_figure(table: Table, sharpness: pd.DataFrame, stem: Path) -> Figure:
     """Write test error against λ_max (means, ± one standard deviation), and what the training loss gains
-    along filter-normalised random directions (mean over seeds), for the rows of which runs were measured.
-    Above 12 rows the panels repeat, each with reference and baseline."""
+    along filter-normalised random directions (mean over seeds), for the rows of which runs were measured; the
+    others are named, and so is a number of runs measured that is not all. Above 12 rows the panels repeat,
+    each with reference and baseline."""
     looks = _looks(table)
     with style.context(STYLE):
         figure, panels = _panels(table, sharpness, height=4.8)
         for panel, rows in panels:
             points, lines = panel.subplots(1, 2)
             for label, row in rows.iterrows():
-                look = {"label": row["shown"], **looks[str(label)]}
+                measured, n = row["lambda_max.n"], row["test_error_percent.n"]
+                few = f" (sharpness of {measured})" if measured < n else ""
+                look = {"label": row["shown"] + few, **looks[str(label)]}
                 error, top = estimate_of(row, "test_error_percent"), estimate_of(row, "lambda_max")
                 dot = {key: value for key, value in look.items() if key != "ls"}
                 bars = {"xerr": np.nan_to_num(top.std), "yerr": np.nan_to_num(error.std)}
@@ -217,7 +220,7 @@ def sharpness_figure(table: Table, sharpness: pd.DataFrame, stem: Path) -> Figur
                 mean = np.mean([np.array(text.split(), dtype=float) for text in curves], axis=0)
                 lines.plot(ALPHAS, mean, lw=1.2, ms=4, markevery=0.2, **look)
             points.set_xlabel("λ_max of the training loss's Hessian, mean ± std")
-            points.set_ylabel("test error (%), mean ± std")
+            points.set_ylabel(f"{table.split} error (%), mean ± std")
             lines.set_xlabel("distance α along a filter-normalised random direction d")
             lines.set_ylabel("L(θ + α·d) − L(θ) (nats)")
             for axes in (points, lines):
@@ -225,6 +228,10 @@ def sharpness_figure(table: Table, sharpness: pd.DataFrame, stem: Path) -> Figur
                 axes.set_axisbelow(True)
             handles = lines.get_legend_handles_labels()
             panel.legend(*handles, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
+        without = table.frame.loc[table.frame["lambda_max.n"] == 0, "label"]
+        if len(without):
+            note = textwrap.fill(f"not measured: {', '.join(without)}", 140)
+            figure.supxlabel(note, fontsize=8)
         _write(figure, stem)
     return figure
 

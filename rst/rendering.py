@@ -16,6 +16,7 @@ from rst.checkpoint import write_text
 from rst.tables import METRICS, MIN_SEEDS, SHARPNESS, Estimate, Table, estimate_of
 
 LATEX_METRICS = ("test_error", "interval", "difference_to_reference", "eta", "time")
+_COUNTED = rf"^(test_error|difference|{'|'.join(SHARPNESS)}).*\.n$"
 SETTINGS_ACROSS = 3  # of a LaTeX matrix: what a page's width holds
 HEADING = 11  # characters of a line of a LaTeX table's heading: no wider than the cells below it
 
@@ -27,21 +28,25 @@ _DIFFERENCE = (
 )
 _ETA = "η: average propagation count, forward-backward passes per step: 1 for SGD, 2 for SAM."
 _NOTES = {
-    "test_error": "Test error: mean ± sample standard deviation s over n seeds, at the last epoch.",
+    "test_error": "{Split} error: mean ± sample standard deviation s over n seeds, at the last epoch.",
     "interval": "Interval: 95 % t-interval of the mean, ± t(0.975, n−1)·s/√n.",
     "difference_to_reference": _DIFFERENCE,
     "difference_to_baseline": _DIFFERENCE,
     "eta": _ETA,
     "eta_expected": _ETA,
-    "time": "Time: training seconds over {}'s of the same seed, the median over seeds; given for the same "
-    "host, device, ranks and thread count only.",
-    "lambda_max": "λ_max: largest eigenvalue of the training loss's Hessian, mean ± s of the runs measured.",
-    "in_ball": "L(θ + ε) − L(θ): what SAM's perturbation of the run's ρ adds to the training loss.",
-    "best_epoch": "Best epoch: chosen on the test data, hence too low; the last epoch is the result.",
+    "time": "Time: training seconds over {baseline}'s of the same seed, the median over seeds; given for the "
+    "same host, device, ranks and thread count only.",
+    "loss": "L(θ): mean cross entropy on training images without augmentation, network in evaluation mode; "
+    "mean ± s of the runs measured.",
+    "lambda_max": "λ_max: largest eigenvalue of the Hessian of L.",
+    "in_ball": "L(θ + ε) − L(θ): what SAM's perturbation of the run's ρ adds.",
+    "along": "L(θ ± d/2) − L(θ): what half a filter-normalised random direction d adds. Unlike λ_max and ε "
+    "it does not depend on the scale of weights that a BatchNorm follows.",
+    "best_epoch": "Best epoch: chosen on the {split} data, hence too low; the last epoch is the result.",
 }
 _MATRIX = (
-    "Test error in percent at the last epoch: mean ± sample standard deviation over n seeds. Only where * "
-    "stands does the 95 % t-interval of the difference to {}, paired by seed, exclude 0 "
+    "{Split} error in percent at the last epoch: mean ± sample standard deviation over n seeds. Only where * "
+    "stands does the 95 % t-interval of the difference to {reference}, paired by seed, exclude 0 "
     f"({_CLAIM} and settings); elsewhere no difference to it is established."
 )
 _SYMBOLS = (
@@ -86,7 +91,7 @@ def to_markdown(tables: Sequence[Table]) -> str:
     if len(tables) == 1:
         notes = [*_definitions(first, METRICS), *_remarks(first), *common]
         return "\n\n".join([f"# {first.title}", first.setting, _full(first), _bullets(notes)]) + "\n"
-    general = [_MATRIX.format(first.reference), *_definitions(first, METRICS)]
+    general = [_worded(_MATRIX, first), *_definitions(first, METRICS)]
     parts = [f"# {first.title}", pipes(_matrix(tables)), _bullets(general)]
     if common:
         parts += ["Of every setting:", _bullets(common)]
@@ -116,10 +121,10 @@ def to_latex(tables: Sequence[Table], label: str) -> str:
         caption, blocks = f"{first.title}. {first.setting}.", [_lines(first, LATEX_METRICS)]
         notes = [*_definitions(first, LATEX_METRICS), *_remarks(first), *common]
     else:
-        caption = f"{first.title}: test error (%)."
+        caption = f"{first.title}: {first.split} error (%)."
         starts = range(0, len(tables), SETTINGS_ACROSS)
         blocks = [_matrix(tables[i : i + SETTINGS_ACROSS]) for i in starts]
-        notes = [_MATRIX.format(first.reference), *common]
+        notes = [_worded(_MATRIX, first), *common]
         for table in tables:
             own = [*_remarks(table), *(line for line in table.provenance if line not in common)]
             notes.append(" ".join([f"{table.column}: {table.setting}.", *own]))
@@ -172,7 +177,7 @@ def _check(tables: Sequence[Table]) -> Table:
     """The first of the report's tables. ValueError unless all have its title, rows and metrics."""
     if not tables:
         raise ValueError("a report needs at least one table")
-    kinds = {(t.title, *t.frame["label"], t.reference, t.baseline, t.metrics) for t in tables}
+    kinds = {(t.title, *t.frame["label"], t.reference, t.baseline, t.metrics, t.split) for t in tables}
     columns = [table.column for table in tables]
     if len(kinds) > 1 or len(set(columns)) < len(columns):
         raise ValueError(
@@ -186,8 +191,13 @@ def _common(tables: Sequence[Table]) -> list[str]:
     return [line for line in tables[0].provenance if all(line in table.provenance for table in tables)]
 
 
+def _worded(note: str, table: Table) -> str:
+    names = {"reference": table.reference, "baseline": table.baseline}
+    return note.format(split=table.split, Split=table.split.capitalize(), **names)
+
+
 def _definitions(table: Table, usual: Sequence[str]) -> list[str]:
-    shown = [_NOTES[m].format(table.baseline) for m in _shown(table, usual) if m in _NOTES]
+    shown = [_worded(_NOTES[m], table) for m in _shown(table, usual) if m in _NOTES]
     return list(dict.fromkeys(shown))
 
 
@@ -200,7 +210,7 @@ def _remarks(table: Table) -> list[str]:
     if "time" in (table.metrics or METRICS) and no_time.any():
         blank = ", ".join(frame.loc[no_time, "label"])
         remarks.append(f"No time for {blank}: no {table.baseline} of these seeds on the same machine.")
-    if frame.filter(regex=r"^(test_error|difference).*\.n$").isin(range(1, MIN_SEEDS)).any(axis=None):
+    if frame.filter(regex=_COUNTED).isin(range(1, MIN_SEEDS)).any(axis=None):
         remarks.append(f"† fewer than {MIN_SEEDS} seeds: no ground for a comparison.")
     return remarks
 
@@ -257,16 +267,18 @@ def _cell(table: Table, line: dict[Any, Any], metric: str) -> tuple[str, str]:
     best, published = estimate_of(line, "best_epoch_error_percent"), line["published_error_percent"]
     known = "unknown" if np.isnan(published) else f"{published:g} ({line['published_source']})"
     heading, text = {
-        "test_error": ("Test error, last epoch (%)", _error(line)),
+        "test_error": (f"{table.split.capitalize()} error, last epoch (%)", _error(line)),
         "interval": ("95 % interval", _interval(error) or "–"),
         "difference_to_reference": _difference(line, table.reference),
         "difference_to_baseline": _difference(line, table.baseline),
         "eta": ("η measured", f"{line['eta.mean']:.3f}"),
         "eta_expected": ("η expected", f"{line['eta_expected.mean']:.3f}"),
         "time": (f"Time / {table.baseline}'s", "" if np.isnan(time) else f"{time:.2f}"),
-        "best_epoch": ("Best epoch (%), chosen on test data", _mean(best)),
+        "best_epoch": (f"Best epoch (%), chosen on {table.split} data", _mean(best)),
+        "loss": ("L(θ)", _sharpness(line, "loss")),
         "lambda_max": ("λ_max", _sharpness(line, "lambda_max")),
         "in_ball": ("L(θ + ε) − L(θ)", _sharpness(line, "in_ball")),
+        "along": ("L(θ ± d/2) − L(θ)", _sharpness(line, "along")),
         "published": ("Published (%)", known),
     }[metric]
     return heading, text if error.n or metric == "published" else line["status"]

@@ -10,6 +10,7 @@ from filelock import FileLock
 from rst.record import Run
 from rst.rendering import pipes
 from rst.tables import (
+    HOW_SHARP,
     SHARPNESS,
     curves_frame,
     read_curves,
@@ -32,8 +33,11 @@ class Records(NamedTuple):
     @property
     def joined(self) -> pd.DataFrame:
         """The runs with their sharpness, where any was measured."""
-        measured = self.sharpness[["id", *SHARPNESS]]
-        return self.runs.merge(measured, on="id", how="left") if len(measured) else self.runs
+        if self.sharpness.empty:
+            return self.runs
+        how = {name: f"sharpness.{name}" for name in HOW_SHARP}
+        measured = self.sharpness[["id", *SHARPNESS, *HOW_SHARP]].rename(columns=how)
+        return self.runs.merge(measured, on="id", how="left")
 
 
 def collect(folder: Path, runs: Iterable[Run], outputs: Path) -> Records:
@@ -49,8 +53,10 @@ def collect(folder: Path, runs: Iterable[Run], outputs: Path) -> Records:
             new = curves_frame({run.id: run.metrics() for run, _ in done})
             curves = _updated(curves, new).sort_values(["id", "epoch"], ignore_index=True)
         measured = sharpness_frame(found for run, _ in done if (found := run.sharpness()))
-        if len(measured):
-            sharpness = _updated(sharpness, measured).sort_values("id", ignore_index=True)
+        if len(measured) or len(sharpness):
+            # Not what was measured of a run that has been done again since.
+            sharpness = _updated(sharpness, measured).merge(frame[["id", "finished"]])
+            sharpness = sharpness.sort_values("id", ignore_index=True)
             write_runs(sharpness, folder / "sharpness.csv")
         write_runs(frame, folder / "runs.csv")
         write_curves(curves, folder / "curves.csv")

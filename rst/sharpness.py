@@ -22,17 +22,22 @@ Batches = Sequence[tuple[Tensor, Tensor]]  # normalized images [B, C, H, W], lab
 TOLERANCE = 1e-5  # of λ_max, relative
 KRYLOV = 10  # vectors of Lanczos' before its first check: a few do, and each is a Hessian-vector product
 ALPHAS = tuple(round(-1 + 0.1 * i, 1) for i in range(21))  # distances along a direction
+NEAR = 0.5  # the distance at which a curve is summed up in one number
 DIRECTIONS = 3
 
 
 @dataclass(frozen=True)
 class Sharpness:
     """`loss` is L(θ) in nats; `in_ball` L(θ + ε) − L(θ); `curve` L(θ + α·d) − L(θ) at each α of `ALPHAS`, the
-    mean over `DIRECTIONS` directions d."""
+    mean over `DIRECTIONS` directions d; `along` the mean of its values at α = ± `NEAR`.
+
+    λ_max and the ball depend on the scale of weights that a BatchNorm follows, which changes nothing of what
+    the network computes; filter-normalised directions do not."""
 
     loss: float
     lambda_max: float
     in_ball: float
+    along: float
     curve: tuple[float, ...]
 
 
@@ -40,12 +45,10 @@ def measure(model: nn.Module, batches: Batches, rho: float, seed: int = 0) -> Sh
     """`rho`: radius ρ of SAM's ball. `seed`: of the directions, the same for all that is to be compared."""
     still = copy.deepcopy(model).eval()
     loss = mean_loss(still, batches)
-    return Sharpness(
-        loss,
-        lambda_max(still, batches),
-        loss_in_ball(still, batches, rho) - loss,
-        tuple((loss_curve(still, batches, seed) - loss).tolist()),
-    )
+    in_ball = loss_in_ball(still, batches, rho) - loss
+    curve = (loss_curve(still, batches, seed) - loss).tolist()
+    along = (curve[ALPHAS.index(-NEAR)] + curve[ALPHAS.index(NEAR)]) / 2
+    return Sharpness(loss, lambda_max(still, batches), in_ball, along, tuple(curve))
 
 
 def mean_loss(model: nn.Module, batches: Batches) -> float:

@@ -17,7 +17,7 @@ from scipy import stats
 
 from rst.checkpoint import write_text
 
-SHARPNESS = ("lambda_max", "in_ball")  # see rst/sharpness.py
+SHARPNESS = ("loss", "lambda_max", "in_ball", "along")  # see rst/sharpness.py
 
 # The leading columns of runs.csv; the others (choices.*, later additions) are text and follow by name. Types
 # are fixed, not inferred: read as a number, the id 1e234567 would be infinite.
@@ -34,8 +34,12 @@ _TYPES = {column: dtype for dtype, columns in _COLUMNS.items() for column in col
 _CURVE_TYPES = {"id": "string", "epoch": "Int64", "propagations": "Int64"} | dict.fromkeys(
     ("train_loss", "train_accuracy", "test_loss", "test_accuracy"), "float64"
 )
-_SHARPNESS_TYPES = {"id": "string", "images": "Int64", "curve": "string"} | dict.fromkeys(
-    ("rho", "loss", *SHARPNESS), "float64"
+# How a run's sharpness was measured: columns of sharpness.csv, and with "sharpness." before them of runs.
+HOW_SHARP = ("images", "directions", "commit", "dirty", "versions.torch", "host", "device_name")
+_SHARPNESS_TYPES = (
+    dict.fromkeys(("id", "finished", "curve", *HOW_SHARP), "string")
+    | dict.fromkeys(("images", "directions"), "Int64")
+    | dict.fromkeys(("rho", *SHARPNESS), "float64")
 )
 # What a table may show of a row. Its CSV holds everything.
 METRICS = (
@@ -88,9 +92,10 @@ def curves_frame(metrics: Mapping[str, Iterable[Mapping[str, Any]]]) -> pd.DataF
 
 
 def sharpness_frame(records: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
-    """From the runs' sharpness.json: a line a run. `curve` is text, the numbers parted by spaces."""
+    """From the runs' sharpness.json: a line a run. `curve` is text, the numbers parted by spaces; `finished`
+    says when the run that was measured finished."""
     lines = [{**record, "curve": " ".join(map(repr, record["curve"]))} for record in records]
-    frame = pd.DataFrame(lines).reindex(columns=[*_SHARPNESS_TYPES]).astype(_SHARPNESS_TYPES)
+    frame = pd.json_normalize(lines).reindex(columns=[*_SHARPNESS_TYPES]).astype(_SHARPNESS_TYPES)
     return frame.sort_values("id", ignore_index=True)
 
 
@@ -186,6 +191,7 @@ class Table:
     reference: str
     baseline: str
     metrics: tuple[str, ...] | None
+    split: str = "test"  # the images that the error is of: test or validation
 
 
 def build_table(
@@ -199,6 +205,7 @@ def build_table(
     column: str = "",
     failures: Mapping[str, str] = MappingProxyType({}),
     metrics: Sequence[str] | None = None,
+    split: str = "test",
 ) -> Table:
     """The statistics of each row over those of its runs that `runs` has, those of sharpness where it has the
     columns of `SHARPNESS`, joined by id. Differences are to the rows labelled
@@ -210,6 +217,7 @@ def build_table(
         column: the setting in short; without it, `setting` itself.
         failures: why runs failed, in a line, by run id. Those in `runs` have finished since.
         metrics: what of `METRICS` is shown, in this order.
+        split: what the error is of, "test" or "validation".
 
     Raises ValueError for two rows with one label, a label that no row has, an unknown metric, a run of
     another seed than its row says.
@@ -231,7 +239,7 @@ def build_table(
     used = pd.concat([group.reset_index().assign(label=label) for label, group in found.items()])
     shown = None if metrics is None else tuple(metrics)
     provenance = _provenance(used, frame)
-    return Table(title, setting, column or setting, frame, provenance, reference, baseline, shown)
+    return Table(title, setting, column or setting, frame, provenance, reference, baseline, shown, split)
 
 
 def _line(
@@ -322,7 +330,15 @@ def _provenance(runs: pd.DataFrame, frame: pd.DataFrame) -> list[str]:
         _spread("Code", runs, ["commit", "dirty"]),
         _spread("Software", runs, [f"versions.{part}" for part in ("python", "torch", "cuda", "rst")]),
         _spread("Machine", runs, ["host", "device", "device_name", "ranks", "threads"]),
+        *_sharpness_provenance(runs),
     ]
+
+
+def _sharpness_provenance(runs: pd.DataFrame) -> list[str]:
+    columns = [f"sharpness.{name}" for name in HOW_SHARP]
+    if not {*columns} <= {*runs} or runs[columns[0]].isna().all():
+        return []
+    return [_spread("Sharpness", runs[runs[columns[0]].notna()], columns)]
 
 
 def estimate_of(line: pd.Series | dict[Any, Any], name: str) -> Estimate:

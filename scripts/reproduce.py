@@ -172,6 +172,7 @@ def build(
                 column=names[column],
                 failures=failures,
                 metrics=spec.metrics,
+                split="validation" if run.config["dataset"].get("validation") else "test",
             )
         )
     return report
@@ -208,6 +209,7 @@ def main() -> None:
     parser.add_argument("--launcher", default="joblib", help="Hydra's: joblib, basic, submitit_slurm, ray, …")
     parser.add_argument("--jobs", type=int, default=cpu_cores(), help="processes at once, with joblib")
     parser.add_argument("--results", help="folder of the tables: results, with overrides OUTPUTS/results")
+    parser.add_argument("--sharpness", action="store_true", help="measure that of all finished runs, too")
     parser.add_argument("--collect", action="store_true", help="run nothing, write tables of what there is")
     arguments = parser.parse_args()
     names = table_names(parser, arguments.table, CONF)
@@ -241,6 +243,11 @@ def main() -> None:
             failed = run_all(todo, Launcher(arguments.launcher, arguments.jobs, where))
 
         every = {cell.run.id: cell.run for table in tables for cell in table.cells}
+        if arguments.sharpness:
+            import sharpness  # scripts/sharpness.py
+
+            finished = [run.folder for run in every.values() if run.result(warn=False)]
+            sharpness.measure_all(finished, sharpness.IMAGES, arguments.jobs)
         records = collect(folder, every.values(), outputs)
         failures = {key: reason for key, run in every.items() if (reason := run.failure())}
         # A record from elsewhere must not hide that a run failed here, nor stand in for one unless asked to.
@@ -256,8 +263,8 @@ def main() -> None:
             print(to_markdown(report) if len(tables) == 1 else f"{table.spec.name}: {table.spec.title}")
             single |= {table.spec.name: report[0]} if len(report) == 1 else {}
             to_wandb(table, files, arguments.protocol, outputs)
-        if single.keys() >= set(findings.TABLES):
-            write_findings({name: single[name] for name in findings.TABLES}, shown, folder)
+        if written := single.keys() & set(findings.TABLES):
+            write_findings({name: single[name] for name in findings.TABLES if name in written}, shown, folder)
     write_text(results / "README.md", index(results))
     print(f"written to {folder}: runs.csv, curves.csv, {', '.join(f'{name}.*' for name in names)}")
     for key, reason in failed.items():
@@ -266,12 +273,17 @@ def main() -> None:
 
 
 def write_findings(tables: dict[str, Table], runs: pd.DataFrame, folder: Path) -> None:
-    """FINDINGS.md, once every cell has run."""
+    """FINDINGS.md, from all of its tables with every row complete."""
+    page, names = folder / "FINDINGS.md", ", ".join(findings.TABLES)
     missing = sum((table.frame["status"] != "complete").sum() for table in tables.values())
-    if missing:
-        print(f"FINDINGS.md is written when all rows of {', '.join(tables)} are complete: {missing} are not")
-        return
-    write_text(folder / "FINDINGS.md", findings.findings(tables, runs))
+    if len(tables) < len(findings.TABLES):
+        if page.exists():
+            print(f"FINDINGS.md is as it was: it is written when the tables {names} are, together")
+    elif missing:
+        page.unlink(missing_ok=True)
+        print(f"FINDINGS.md is written when all rows of {names} are complete: {missing} are not")
+    else:
+        write_text(page, findings.findings(tables, runs))
 
 
 def with_group(cell: Cell, tables: Sequence[TableRuns]) -> Cell:

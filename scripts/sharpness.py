@@ -6,7 +6,9 @@ measured). What a folder has is not measured again.
 
 import argparse
 import json
+import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -26,17 +28,16 @@ from rst.device import cpu_cores, cpu_threads
 from rst.record import provenance
 from rst.run import new_model
 
+IMAGES = 500  # by default
 BATCH_SIZE = 250
 
 
-def batches_of(data: ImageData, n_images: int, seed: int) -> sharpness.Batches:
-    """`n_images` of the training images, stratified, normalized only."""
+def batches_of(data: ImageData, at_most: int, seed: int) -> sharpness.Batches:
+    """So many of the training images, stratified, or all where there are fewer; normalized only."""
     labels = data.train_labels
-    if not 10 <= n_images <= len(labels):
-        raise ValueError(f"--images must be from 10 to the {len(labels)} training images, got {n_images}")
     chosen = torch.arange(len(labels))
-    if n_images < len(labels):
-        chosen, _ = stratified(labels, n_images, seed, SHARPNESS_SPLIT)
+    if at_most < len(labels):
+        chosen, _ = stratified(labels, at_most, seed, SHARPNESS_SPLIT)
     images = data.train_images
     if not isinstance(images, torch.Tensor):
         raise ValueError("the images must be in memory: dataset.in_memory=true")
@@ -44,7 +45,7 @@ def batches_of(data: ImageData, n_images: int, seed: int) -> sharpness.Batches:
     return list(evaluation_batches(subset, BATCH_SIZE))
 
 
-def measure(folder: Path, n_images: int) -> str:
+def measure(folder: Path, at_most: int) -> str:
     """Measure the run in `folder`. Returns a line on it."""
     try:
         result = json.loads((folder / "result.json").read_text())
@@ -52,7 +53,9 @@ def measure(folder: Path, n_images: int) -> str:
         raise FileNotFoundError(f"{folder} is no folder of a finished run: it has no result.json") from None
     path = folder / "sharpness.json"
     found = json.loads(path.read_text()) if path.exists() else {}
-    if found.get("id") != result["id"] or found.get("images") != n_images:
+    wanted = {"id": result["id"], "finished": result["finished"], "at_most": at_most}
+    wanted["directions"] = sharpness.DIRECTIONS
+    if not wanted.items() <= found.items():
         config: Any = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"), resolve=True)
         state = checkpoint.load(folder / "checkpoint.pt", result["id"])
         if state is None:
@@ -63,15 +66,15 @@ def measure(folder: Path, n_images: int) -> str:
             model = new_model(config, data)
             model.load_state_dict(state["training"]["model"])
             rho = config["method"].get("rho", config["rho"])
-            batches = batches_of(data, n_images, config["dataset"].get("seed", 0))
+            batches = batches_of(data, at_most, config["dataset"].get("seed", 0))
             measured = sharpness.measure(model, batches, rho)
             found = {
-                "id": result["id"],
-                "images": n_images,
+                "images": sum(len(y) for _, y in batches),
                 "rho": rho,
                 **asdict(measured),
                 "seconds": time.perf_counter() - begun,
                 **provenance(torch.device("cpu")),
+                **wanted,
             }
         write_text(path, json.dumps(found, indent=1, allow_nan=False))
     return (
@@ -80,17 +83,28 @@ def measure(folder: Path, n_images: int) -> str:
     )
 
 
+def measure_all(folders: Sequence[Path], at_most: int, jobs: int) -> None:
+    """Print a line on each, in their order, `jobs` of them measured at once."""
+    tasks = [delayed(measure)(folder, at_most) for folder in folders]
+    for line in Parallel(n_jobs=jobs, return_as="generator")(tasks):
+        print(line, flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a finished run")
-    parser.add_argument("--images", type=int, default=500, help="training images that the loss is over")
+    parser.add_argument("--images", type=int, default=IMAGES, help="at most so many training images")
     parser.add_argument("--jobs", type=int, default=cpu_cores(), help="runs at once")
     arguments = parser.parse_args()
     if arguments.jobs < 1:
         parser.error(f"--jobs must be at least 1, got {arguments.jobs}")
-    tasks = [delayed(measure)(folder, arguments.images) for folder in arguments.runs]
-    for line in Parallel(n_jobs=arguments.jobs, return_as="generator")(tasks):
-        print(line, flush=True)
+    if arguments.images < 10:
+        parser.error(f"--images must be at least 10, got {arguments.images}")
+    finished = [folder for folder in arguments.runs if (folder / "result.json").exists()]
+    if unfinished := [str(folder) for folder in arguments.runs if folder not in finished]:
+        print(f"left out, as not finished: {', '.join(unfinished)}", file=sys.stderr)
+    measure_all(finished, arguments.images, arguments.jobs)
+    sys.exit(0 if finished else 1)
 
 
 if __name__ == "__main__":

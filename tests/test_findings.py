@@ -3,6 +3,7 @@
 import re
 from zlib import crc32
 
+import numpy as np
 import pytest
 from conftest import ROOT
 from test_rendering import pipe_tables
@@ -17,7 +18,15 @@ CONF = ROOT / "conf"
 NOISE = [0.0, 0.4, -0.3, 0.2, -0.4]
 
 
-def page(errors, sharpness=None):
+def eta_of(label):
+    """Of the rows' labels: mean p is what they say, but for the authors' own, of p = 0.25."""
+    if label in ("SGD", "SAM"):
+        return {"SGD": 1.0, "SAM": 2.0}[label]
+    own = {"piecewise1": 1.75, "piecewise3": 1.5, "linear2": 1.5}
+    return own.get(label.split()[0], 1 + float(re.search(r"p = ([\d.]+)", label)[1]))
+
+
+def page(errors, sharpness=None, seconds=lambda eta, seed: 10 * eta + 0.1 * seed):
     """Findings of runs whose error is 30 % + errors(table's label), with SGD at 32 and SAM at 30."""
     all_records, asked = {}, {}
     for table in TABLES:
@@ -25,12 +34,14 @@ def page(errors, sharpness=None):
         for label in [row.label for row in read_specification(CONF, table, "cpu").rows]:
             plain = {"p = 0 (SGD)": "SGD", "p = 1 (SAM)": "SAM"}.get(label, label)
             method = {"SGD": "sgd", "SAM": "sam"}.get(plain, "rst")
-            ids = {}
+            ids, eta = {}, eta_of(plain)
             for seed, noise in enumerate(NOISE):
                 # A little of its own in each row and seed, or all differences would be equal.
                 own = 0.02 * (crc32(f"{plain} {seed}".encode()) % 5)
                 error = 30 + errors.get(plain, 0.0) + noise + own
                 one = record(method, seed, error, id=f"{plain}/{seed}".replace(" ", "_"))
+                one |= {"expected_propagations": 600 * eta, "propagations": int(600 * eta)}
+                one["seconds"] = one["seconds"] | {"train": seconds(eta, seed)}
                 all_records[one["id"]] = one
                 ids[seed] = one["id"]
             rows.append(Row(label, "command", ids))
@@ -51,8 +62,9 @@ def page(errors, sharpness=None):
 ERRORS = {
     "SGD": 2.0,
     "piecewise rising p = 0.5": -0.5,
+    "linear rising p = 0.5": 0.5,
     "piecewise falling p = 0.5": 1.5,
-    "trigonometric rising p = 0.5": 1.8,
+    "trigonometric rising p = 0.5": 1.0,
     "p = 0.5, γ = 2.0": -1.0,
     "p = 0.5, γ = 3.0": 1.9,
 }
@@ -65,37 +77,64 @@ def test_verdicts():
     mean, low, high = (float(x.replace("−", "-")) for x in re.findall(r"[−+][\d.]+", measured))
     assert mean == pytest.approx(-2.0, abs=0.1) and low < mean < high < 0
     assert measured.endswith("(n = 5)")
-    assert found["RST at η ≈ 1.5 is comparable with SAM: constant"][1] == "supported"
-    assert found["RST at η ≈ 1.5 is comparable with SAM: trigonometric"][1] == "not supported"
-    assert found["G-RST at η ≈ 1.5 matches or beats SAM: γ = 2.0"][1] == "supported: beats"
-    assert found["G-RST at η ≈ 1.5 matches or beats SAM: γ = 3.0"][1] == "not supported"
+    comparable = {
+        "constant p = 0.5": "supported",
+        "piecewise rising p = 0.5": "supported: better than SAM",
+        "linear rising p = 0.5": "supported, but worse than SAM",
+        "trigonometric rising p = 0.5": "undecided at this scale",  # just at the middle
+        "piecewise falling p = 0.5": "not supported",
+    }
+    for label, expected in comparable.items():
+        assert found[f"RST is comparable with SAM: {label}"][1] == expected, label
+    assert sum(claim.startswith("RST is comparable") for claim in found) == 9  # all of η = 1.5
+    assert found["G-RST matches or beats SAM: p = 0.5, γ = 2.0"][1] == "supported: better than SAM"
+    assert found["G-RST matches or beats SAM: p = 0.5, γ = 3.0"][1] == "not supported"
     assert found["A budget spent late beats one spread evenly, p = 0.5"][1] == "supported"
     assert found["A budget spent late beats one spread evenly, p = 0.25"][1] == "undecided at this scale"
-    assert found["Late beats early, p = 0.5"][1] == "supported"
-    assert found["SAM's minima are flatter"] == ("not measured", "not run")
-    assert "At p = 0.5 (η ≈ 1.5) the lowest mean error of 7 schedules is piecewise rising's" in text
-    at_quarter, at_half = text.split("At p = 0.5")
+    assert found["A budget spent late beats one spent early, p = 0.5"][1] == "supported"
+    assert found["Minima of SAM are flatter than SGD's: λ_max"] == ("not measured", "not run")
+    assert "n = 5 seeds a row" in text and "commit 1234567" in text
+
+
+def test_choosing():
+    text, _ = page(ERRORS)
+    at_quarter, at_half = text.split("At η ≈ 1.5 ")
     assert "better than constant: none; worse: none; " in at_quarter
-    assert (
-        "better than constant: piecewise rising; worse: trigonometric rising, piecewise falling; " in at_half
+    assert at_half.startswith(
+        "the lowest mean error of 9 schedules is that of piecewise rising p = 0.5, 29.50 %"
     )
-    assert "better than SGD: constant, piecewise rising, " in at_half
-    # By its own little noise γ = 0.5 is better by an interval that excludes 0; not among 16 comparisons.
-    assert "better than γ = 1: γ = 0.5, γ = 2.0; worse: γ = 3.0." in text
-    stands = text.split("these 16 comparisons with the simplest choice, constant p and γ = 1 ")[1].split(
-        "\n"
-    )[0]
+    worse = "linear rising p = 0.5, trigonometric rising p = 0.5, piecewise falling p = 0.5"
+    assert f"better than constant: piecewise rising p = 0.5; worse: {worse}; better than SGD" in at_half
+    # By its own little noise γ = 0.5 is better by an interval that excludes 0; not among 18 comparisons.
+    assert (
+        "better than γ = 1: p = 0.5 with γ = 0.5, p = 0.5 with γ = 2.0; worse: p = 0.5 with γ = 3.0." in text
+    )
+    stands = text.split("the 18 comparisons with constant p and γ = 1 (Bonferroni): ")[1].split("\n")[0]
     assert stands == (
-        "(Bonferroni): prefer to it piecewise rising p = 0.5, p = 0.5 with γ = 2.0; avoid "
-        "trigonometric rising p = 0.5, piecewise falling p = 0.5, p = 0.5 with γ = 3.0."
+        "to be preferred to it: piecewise rising p = 0.5, p = 0.5 with γ = 2.0; to be avoided: "
+        f"{worse}, p = 0.5 with γ = 3.0."
     )
 
 
 def test_what_includes_zero_decides_nothing():
-    text, found = page({})
+    text, found = page({"SGD": 0.0})
     assert found["SAM generalises better than SGD"][1] == "undecided at this scale"
-    assert found["Late beats early, p = 0.5"][1] == "undecided at this scale"
-    assert "prefer to it none; avoid none.\n" in text
+    assert found["A budget spent late beats one spent early, p = 0.5"][1] == "undecided at this scale"
+    nothing_gained = "undecided at this scale: SAM itself is not shown to gain"
+    assert found["RST is comparable with SAM: constant p = 0.5"][1] == nothing_gained
+    assert "to be preferred to it: none; to be avoided: none.\n" in text
+
+
+def test_time_against_eta():
+    claim = "Training time follows η within 15 %"
+    measured, verdict = page(ERRORS)[1][claim]
+    assert verdict == "supported" and re.match(
+        r"\(time / SGD's\) / η \d\.\d\d \[.*\] \(n = 5\); .* 18 rows", measured
+    )
+    assert page(ERRORS, seconds=lambda eta, seed: 10 * eta**2 + seed)[1][claim][1] == "not supported"
+    assert page(ERRORS, seconds=lambda eta, seed: 10 * eta ** (1 + seed % 2))[1][claim][1] == (
+        "undecided at this scale"
+    )
 
 
 def test_intervals_for_many_comparisons():
@@ -110,9 +149,13 @@ def test_sharpness_as_ratios():
     def measured(runs):
         flat = runs["choices.method"].map({"sgd": 40.0, "sam": 10.0, "rst": 41.0})
         spread = 1 + 0.02 * (runs["seed"].astype(int) % 3) * (runs["choices.method"] != "sgd")
-        return {"lambda_max": flat * spread, "in_ball": flat / 100}
+        return {"loss": 0.1, "lambda_max": flat * spread, "in_ball": flat / 100, "along": np.nan}
 
     _, found = page({"SGD": 2.0}, measured)
-    text, verdict = found["SAM's minima are flatter: λ_max"]
-    assert verdict == "supported" and re.search(r"SGD's 0\.25 \[0\.2\d, 0\.2\d\] \(n = 5\)", text)
-    assert found["RST linear's minima are flatter: λ_max"][1] != "supported"
+    text, verdict = found["Minima of SAM are flatter than SGD's: λ_max"]
+    assert verdict == "supported" and re.fullmatch(r"ratio to SGD's 0\.25 \[0\.2\d, 0\.2\d\] \(n = 5\)", text)
+    claim = "Minima of linear rising p = 0.5 are flatter than SGD's: λ_max"
+    assert found[claim][1] == "not supported"
+    # Equal in all seeds: no evidence of any kind.
+    assert found["Minima of SAM are flatter than SGD's: L(θ + ε) − L(θ)"][1] == "undecided at this scale"
+    assert found["Minima of SAM are flatter than SGD's: L(θ ± d/2) − L(θ)"] == ("not measured", "not run")

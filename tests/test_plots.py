@@ -17,11 +17,22 @@ from rst.plots import (
     error_against_propagations,
     pareto,
     schedule_figure,
+    sharpness_figure,
     spread,
     training_curves,
 )
 from rst.schedule import Constant, Linear, Periodic, expected_propagations, uniform
-from rst.tables import Row, build_table, curves_frame, runs_frame, write_curves, write_runs
+from rst.sharpness import ALPHAS
+from rst.tables import (
+    SHARPNESS,
+    Row,
+    build_table,
+    curves_frame,
+    runs_frame,
+    sharpness_frame,
+    write_curves,
+    write_runs,
+)
 
 # label, method, probability, mean test error in percent: eight rows share η = 1.5
 METHODS = [
@@ -422,3 +433,23 @@ def test_curves_of_one_seed_have_no_band_and_rows_without_curves_are_left_out(tm
     (panel,) = training_curves(table, curves, tmp_path / "figure").subfigs
     shown = [text.get_text() for text in panel.legends[0].get_texts()]
     assert shown[:3] == ["SGD", "SAM (n = 1)", "RST piecewise"]
+
+
+def test_sharpness_figure(tmp_path):
+    """Points and curves are the means of the runs measured; which are not all is said."""
+    methods = METHODS[:3]
+    sharp = sharpness_frame(
+        {"id": f"{i}-{seed}", "lambda_max": 10.0 * (i + 1) + seed, "curve": [float(seed)] * len(ALPHAS)}
+        for i, n in enumerate((5, 2, 0))
+        for seed in range(n)
+    )
+    runs = make_runs(methods).merge(sharp[["id", *SHARPNESS]], on="id", how="left")
+    table = build_table("Methods", SETTING, make_rows(methods), runs)
+    figure = sharpness_figure(table, sharp, tmp_path / "sharp")
+    points, lines = figure.subfigs[0].axes
+    found = {c.get_label(): float(c.lines[0].get_xdata()[0]) for c in points.containers}
+    assert found == pytest.approx({"SGD": 12.0, "SAM (sharpness of 2)": 20.5})
+    heights = {line.get_label(): set(line.get_ydata()) for line in lines.lines}
+    assert heights == {"SGD": {2.0}, "SAM (sharpness of 2)": {0.5}}
+    assert figure.get_supxlabel() == "not measured: RST constant"
+    assert (tmp_path / "sharp.pdf").exists() and (tmp_path / "sharp.png").exists()

@@ -141,12 +141,22 @@ def test_no_time_is_explained():
 def test_sharpness_is_shown_where_it_was_measured():
     runs = runs_frame(records())
     top = runs["choices.method"].map({"sgd": 40.0, "sam": 10.0}) + runs["seed"].astype(float)
-    lines = cells(build_table("A title", "A setting", rows(), runs.assign(lambda_max=top, in_ball=top / 300)))
+    measured = runs.assign(lambda_max=top, in_ball=top / 300)
+    lines = cells(build_table("A title", "A setting", rows(), measured))
     assert [line["λ_max"] for line in lines] == ["42.0 ± 1.6", "12.0 ± 1.6", "not measured"]
     assert [line["L(θ + ε) − L(θ)"] for line in lines[:2]] == ["0.140 ± 0.005", "0.0400 ± 0.0053"]
     few = runs.assign(lambda_max=top.where(runs["seed"] < 3), in_ball=np.nan)
     lines = cells(build_table("A title", "A setting", rows(), few))
     assert lines[0]["λ_max"] == "41.0 ± 1.0 (n = 3)" and "L(θ + ε) − L(θ)" not in lines[0]
+    table = build_table("A title", "A setting", rows(), runs.assign(lambda_max=top.where(runs["seed"] < 2)))
+    assert cells(table)[0]["λ_max"] == "40.5 ± 0.7 (n = 2 †)"
+    assert "† fewer than 3 seeds: no ground for a comparison." in of_table(table)
+
+
+def test_validation_data_is_called_so():
+    table = table_of(records(), split="validation")
+    for text in (to_markdown([table]), to_latex([table, replace(table, column="b")], "tab:x")):
+        assert "Validation error" in text and "est error" not in text and "test data" not in text
 
 
 @pytest.mark.parametrize("metric", sorted(set(METRICS) - set(SHARPNESS)))

@@ -392,6 +392,8 @@ def test_make_calls_the_scripts():
         "scripts/reproduce.py --protocol quick --table overview --reuse --launcher joblib --jobs 3 epochs=1"
     )
     assert expected in printed("reproduce-tables", "JOBS=3", "REUSE=1", "ARGS=epochs=1")
+    assert "--reuse" not in printed("reproduce-tables") and "--sharpness" not in printed("reproduce-tables")
+    assert "--sharpness" in printed("reproduce-tables", "SHARPNESS=1")
     assert "--table pilot,schedules,constant,gamma --collect" in printed("tables", "PROTOCOL=cpu")
     assert "reproduce.py --protocol quick --table gamma --collect" in printed("tables", "TABLE=gamma")
     plan = "scripts/plan.py --protocol paper --table all --images-per-second 900"

@@ -1,12 +1,16 @@
-"""The index of results lists what is there."""
+"""The records of a folder, and the index of all."""
 
+import json
 import re
+from dataclasses import replace
 
 from test_rendering import pipe_tables, report
-from test_tables import records, table_of
+from test_tables import record, records, rows, table_of
 
+from rst.record import Run
 from rst.rendering import write_report
-from rst.results import index
+from rst.results import collect, index
+from rst.tables import build_table
 
 
 def test_index_lists_what_is_there(tmp_path):
@@ -51,3 +55,45 @@ def test_index_lists_what_is_there(tmp_path):
         assert (tmp_path / link).exists()
     assert "make reproduce-tables PROTOCOL=" in text
     assert index(tmp_path) == text
+
+
+def measured_run(outputs, seed, **changes):
+    """A finished run, whose sharpness was measured."""
+    groups = ("dataset", "model", "augment", "method", "schedule")
+    run = Run(outputs, {"seed": seed}, dict.fromkeys(groups, "sgd"), "python train.py")
+    one = record("sgd", seed, 30.0, id=run.id, **changes)
+    run.folder.mkdir(parents=True)
+    (run.folder / "result.json").write_text(json.dumps(one))
+    sharp = {
+        "loss": 0.1,
+        "lambda_max": 40.0 + seed,
+        "in_ball": 0.2,
+        "along": 3.0,
+        "curve": [1.0, 0.0],
+        "rho": 0.1,
+    }
+    how = {"images": 500, "directions": 3, "versions": {"torch": "2.9.0"}, "commit": "abc", "host": "box"}
+    named = {"id": run.id, "finished": one["finished"]}
+    (run.folder / "sharpness.json").write_text(json.dumps({**sharp, **how, **named}))
+    return run
+
+
+def test_sharpness_belongs_to_the_run_that_was_measured(tmp_path):
+    """Not to a later one of the same id, on another machine, say."""
+    results, outputs = tmp_path / "results", tmp_path / "outputs"
+    results.mkdir()
+    runs = [measured_run(outputs, seed) for seed in (0, 1)]
+    found = collect(results, runs, outputs)
+    assert found.joined["lambda_max"].to_list() == [40.0, 41.0]
+    asked = [replace(row, runs={seed: run.id for seed, run in enumerate(runs)}) for row in rows(2, ("sgd",))]
+    table = build_table("A title", "A setting", asked, found.joined, "SGD", "SGD")
+    assert "Sharpness: images 500, directions 3, commit abc" in table.provenance[-1]
+    before = (results / "sharpness.csv").read_bytes()
+    assert collect(results, [], outputs).joined.equals(found.joined)
+    assert (results / "sharpness.csv").read_bytes() == before
+
+    again = measured_run(tmp_path / "elsewhere", 1, finished="2026-11-23T00:00:00+00:00")
+    (again.folder / "sharpness.json").unlink()
+    found = collect(results, [again], outputs)
+    assert found.joined["lambda_max"].isna().to_list() == [False, True]
+    assert found.sharpness["id"].to_list() == [runs[0].id]

@@ -142,6 +142,7 @@ def test_measuring_changes_nothing_and_repeats():
     assert first == second and model.training
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert len(first.curve) == len(ALPHAS) and first.curve[ALPHAS.index(0.0)] == 0.0
+    assert first.along == (first.curve[5] + first.curve[15]) / 2 and (ALPHAS[5], ALPHAS[15]) == (-0.5, 0.5)
     assert first.in_ball > 0
     assert measure(model, batches, 0.1, seed=4).curve != first.curve
 
@@ -156,8 +157,9 @@ def test_from_runs_to_the_table(tmp_path):
     assert ran.returncode == 0, ran.stderr
     folders = sorted(path for path in outputs.iterdir() if "-sgd-" in path.name or "-sam-" in path.name)
     measuring = [sys.executable, "scripts/sharpness.py", "--images", "40", "--jobs", "1"]
-    measured = command(*measuring, *folders)
+    measured = command(*measuring, *folders, tmp_path)
     assert measured.returncode == 0, measured.stderr
+    assert f"left out, as not finished: {tmp_path}\n" in measured.stderr
     assert len(measured.stdout.splitlines()) == 2 and "λ_max" in measured.stdout
     files = [folder / "sharpness.json" for folder in folders]
     found = [json.loads(file.read_text()) for file in files]
@@ -168,7 +170,8 @@ def test_from_runs_to_the_table(tmp_path):
 
     assert command(sys.executable, *driver, "--collect", "seed=0", *size).returncode == 0
     table = (results / "quick" / "overview.md").read_text()
-    assert table.count("not measured") == 2 * 5 and "| λ_max" in table
+    assert table.count("not measured") == 4 * 5 and "| λ_max" in table
+    assert "- Sharpness: images 40, directions 3, commit " in table
     frame = pd.read_csv(results / "quick" / "sharpness.csv", dtype="string")
     assert sorted(frame["id"]) == sorted(one["id"] for one in found)
     assert (results / "quick" / "overview_sharpness.png").stat().st_size > 10_000
@@ -179,6 +182,11 @@ def test_from_runs_to_the_table(tmp_path):
     elsewhere = ["--results", again, "--outputs", tmp_path / "none", "--reuse", "--collect"]
     assert command(sys.executable, driver[0], *elsewhere, "seed=0", *size).returncode == 0
     assert {path.name: path.read_bytes() for path in (again / "quick").iterdir()} == kept
+
+    whole = command(sys.executable, *driver, "--sharpness", "--collect", "seed=0", *size)
+    assert whole.returncode == 0, whole.stderr
+    table = (results / "quick" / "overview.md").read_text()
+    assert "not measured" not in table and "- Sharpness: images 256, directions 3, commit " in table
 
 
 def test_what_is_no_finished_run(tmp_path):
