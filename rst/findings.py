@@ -8,7 +8,7 @@ import pandas as pd
 from scipy import stats
 
 from rst.rendering import pipes
-from rst.tables import Estimate, Table, estimate, paired_difference
+from rst.tables import Estimate, Table, estimate, estimate_of, paired_difference
 
 TABLES = ("schedules", "constant", "gamma")  # what the page is made of
 UNDECIDED = "undecided at this scale"
@@ -56,12 +56,13 @@ class Runs:
         return paired_difference(self.values(table, label, "error"), (sam + sgd) / 2)
 
 
-def findings(tables: dict[str, Table], runs: pd.DataFrame) -> str:
+def findings(tables: dict[str, Table], runs: pd.DataFrame, noise: pd.DataFrame | None = None) -> str:
     """The page, as Markdown.
 
     Args:
         tables: those of `TABLES`, of one setting each, all rows complete.
         runs: as `build_table` has them, with sharpness joined where it was measured.
+        noise: label_noise.csv of protocol quick, where there is one.
 
     Raises KeyError where the tables have not the rows that the page is about.
     """
@@ -93,6 +94,8 @@ def findings(tables: dict[str, Table], runs: pd.DataFrame) -> str:
         "`make benchmark` measures them interleaved. A verdict holds for this setting and no other.",
         "## Choosing a schedule",
         _choosing(known, even, equal),
+        "## On another task",
+        "Not run." if noise is None else _on_noise(noise),
         "## Where the numbers come from",
         " ".join(schedules.provenance),
     ]
@@ -215,6 +218,34 @@ def _choosing(known: Runs, half: str, equal: list[str]) -> str:
         f"{_those(wide, 'not supported')}."
     )
     return " ".join(sentences)
+
+
+def _on_noise(noise: pd.DataFrame) -> str:
+    """Of each row at which share of random labels it is better or worse than SGD, and than SAM."""
+    shares = noise["setting"].str.extract(r"label_noise=([\d.]+)")[0].astype(float)
+    sentences = []
+    for label in dict.fromkeys(noise["label"]):
+        for other in ("SGD", "SAM"):
+            if label == "SGD" or label == other:
+                continue
+            rows = noise["label"] == label
+            verdicts = [
+                (_below(estimate_of(line, f"difference_to_{other}")), f"{share:.0%}".replace("%", " %"))
+                for line, share in zip(noise[rows].to_dict("records"), shares[rows], strict=True)
+            ]
+            words = {"supported": "better", "not supported": "worse", UNDECIDED: "undecided"}
+            parts = [
+                f"{word} at {', '.join(share for found, share in verdicts if found == verdict)}"
+                for verdict, word in words.items()
+                if verdict in dict(verdicts)
+            ]
+            sentences.append(f"{label} − {other}: {'; '.join(parts)}.")
+    n = " to ".join(map(str, sorted(set(noise["test_error_percent.n"]))))
+    return (
+        "Handwritten digits of which a share of the training labels is random "
+        f"([label_noise](../quick/label_noise.md), n = {n} seeds), by intervals that exclude 0: "
+        + " ".join(sentences)
+    )
 
 
 def _those(gaps: dict[str, Estimate], verdict: str) -> str:

@@ -283,7 +283,9 @@ def write_findings(tables: dict[str, Table], runs: pd.DataFrame, folder: Path) -
         page.unlink(missing_ok=True)
         print(f"FINDINGS.md is written when all rows of {names} are complete: {missing} are not")
     else:
-        write_text(page, findings.findings(tables, runs))
+        noise = folder.parent / "quick" / "label_noise.csv"
+        there = pd.read_csv(noise) if noise.exists() else None
+        write_text(page, findings.findings(tables, runs, there))
 
 
 def with_group(cell: Cell, tables: Sequence[TableRuns]) -> Cell:

@@ -1,15 +1,18 @@
 """The page of findings says what its tables' numbers say, and no more."""
 
 import re
+from io import StringIO
 from zlib import crc32
 
 import numpy as np
+import pandas as pd
 import pytest
 from conftest import ROOT
 from test_rendering import pipe_tables
-from test_tables import record
+from test_tables import record, records, table_of
 
-from rst.findings import TABLES, _widened, findings
+from rst.findings import TABLES, _on_noise, _widened, findings
+from rst.rendering import to_csv
 from rst.sweeps import read_specification
 from rst.tables import Row, build_table, estimate, runs_frame
 
@@ -81,7 +84,7 @@ def test_verdicts():
         "constant p = 0.5": "supported",
         "piecewise rising p = 0.5": "supported: better than SAM",
         "linear rising p = 0.5": "supported, but worse than SAM",
-        "trigonometric rising p = 0.5": "undecided at this scale",  # just at the middle
+        "trigonometric rising p = 0.5": "undecided at this scale, but worse than SAM",  # at the middle
         "piecewise falling p = 0.5": "not supported",
     }
     for label, expected in comparable.items():
@@ -123,6 +126,19 @@ def test_what_includes_zero_decides_nothing():
     nothing_gained = "undecided at this scale: SAM itself is not shown to gain"
     assert found["RST is comparable with SAM: constant p = 0.5"][1] == nothing_gained
     assert "to be preferred to it: none; to be avoided: none.\n" in text
+
+
+def test_another_task():
+    reports = [table_of(records(), column=f"digits / dataset.label_noise={share}") for share in (0.0, 0.4)]
+    frame = pd.read_csv(StringIO(to_csv(reports)))
+    text = _on_noise(frame)
+    assert "n = 5 seeds" in text
+    assert text.endswith(
+        "SAM − SGD: better at 0 %, 40 %. RST − SGD: undecided at 0 %, 40 %. RST − SAM: worse at 0 %, 40 %."
+    )
+    whole = frame["setting"].str.endswith("0.4")
+    frame.loc[whole, "difference_to_SGD.half_width"] = 50.0
+    assert "SAM − SGD: better at 0 %; undecided at 40 %. " in _on_noise(frame)
 
 
 def test_time_against_eta():
