@@ -7,14 +7,14 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from rst.rendering import pipes
+from rst.rendering import SHARPNESS_NAMES, pipes, points
 from rst.tables import Estimate, Table, estimate, estimate_of, paired_difference
 
 TABLES = ("schedules", "constant", "gamma")  # what the page is made of
 UNDECIDED = "undecided at this scale"
 NOT_RUN = "not run"
 TIME = 0.15  # within which time must follow η
-SHARP = {"lambda_max": "λ_max", "in_ball": "L(θ + ε) − L(θ)", "along": "L(θ ± d/2) − L(θ)"}
+SHARP = {name: SHARPNESS_NAMES[name] for name in ("lambda_max", "in_ball", "along")}
 
 
 @dataclass(frozen=True)
@@ -80,13 +80,12 @@ def findings(tables: dict[str, Table], runs: pd.DataFrame, noise: pd.DataFrame |
         *_flatter(known),
         _time(known),
     ]
-    n = " to ".join(map(str, sorted(set(schedules.frame["test_error_percent.n"]))))
     parts = [
         "# Findings",
-        f"{schedules.setting}, n = {n} seeds a row, all of one training set: the intervals are of "
-        "initialisation, data order, augmentation and coin. Differences are of test error in percentage "
-        "points, negative is better; brackets hold 95 % t-intervals, paired by seed, not corrected for their "
-        "number. Tables: " + ", ".join(f"[{name}]({name}.md)" for name in tables) + ".",
+        f"{schedules.setting}, n = {_n(schedules.frame)} seeds a row, all of one training set: the intervals "
+        "are of initialisation, data order, augmentation and coin. Differences are of test error in "
+        "percentage points, negative is better; brackets hold 95 % t-intervals, paired by seed, not "
+        "corrected for their number. Tables: " + ", ".join(f"[{name}]({name}.md)" for name in tables) + ".",
         pipes([{"Claim": f.claim, "Measured": f.measured, "Verdict": f.verdict} for f in found]),
         "*Comparable* and *matches*: the error lies below the middle of SGD's and SAM's, by an interval that "
         "excludes 0, so that more than half of SAM's gain is kept; *not supported*: it lies above. All of "
@@ -104,7 +103,7 @@ def findings(tables: dict[str, Table], runs: pd.DataFrame, noise: pd.DataFrame |
 
 def _comparable(known: Runs, table: str, label: str, claim: str) -> Finding:
     to_sam, to_half = known.gap(table, label, "SAM"), known.to_half(table, label)
-    measured = f"to SAM {_points(to_sam).partition(' (')[0]}, to the middle {_points(to_half)}"
+    measured = f"to SAM {points(to_sam)}, to the middle {_points(to_half)}"
     if _below(known.gap(table, "SAM", "SGD")) != "supported":
         return Finding(claim, measured, f"{UNDECIDED}: SAM itself is not shown to gain")
     verdict = _below(to_half)
@@ -117,13 +116,11 @@ def _comparable(known: Runs, table: str, label: str, claim: str) -> Finding:
 def _late(known: Runs) -> list[Finding]:
     found = []
     for p in ("0.5", "0.25"):
-        late, early, even = (f"{x} p = {p}" for x in ("piecewise rising", "piecewise falling", "constant"))
-        gap = known.gap("schedules", late, even)
-        claim = f"A budget spent late beats one spread evenly, p = {p}"
-        found.append(Finding(claim, f"piecewise rising − constant {_points(gap)}", _below(gap)))
-        gap = known.gap("schedules", late, early)
-        claim = f"A budget spent late beats one spent early, p = {p}"
-        found.append(Finding(claim, f"piecewise rising − falling {_points(gap)}", _below(gap)))
+        for other, how in (("constant", "spread evenly"), ("piecewise falling", "spent early")):
+            gap = known.gap("schedules", f"piecewise rising p = {p}", f"{other} p = {p}")
+            claim = f"A budget spent late beats one {how}, p = {p}"
+            measured = f"piecewise rising − {other.removeprefix('piecewise ')} {_points(gap)}"
+            found.append(Finding(claim, measured, _below(gap)))
     return found
 
 
@@ -151,7 +148,7 @@ def _log_ratio(known: Runs, label: str, column: str) -> Estimate | None:
 
 def _time(known: Runs) -> Finding:
     """Seconds over SGD's against η: of each seed the mean logarithm over rows, and of these the interval."""
-    claim = f"Training time follows η within {TIME:.0%}".replace("%", " %")
+    claim = f"Training time follows η within {_percent(TIME)}"
     frame = known.tables["schedules"].frame.set_index("label")
     labels = [x for x in frame.index[frame["time_relative_to_SGD"].notna()] if x != "SGD"]
     sgd = known.values("schedules", "SGD", "seconds.train")
@@ -222,28 +219,20 @@ def _choosing(known: Runs, half: str, equal: list[str]) -> str:
 
 def _on_noise(noise: pd.DataFrame) -> str:
     """Of each row at which share of random labels it is better or worse than SGD, and than SAM."""
-    shares = noise["setting"].str.extract(r"label_noise=([\d.]+)")[0].astype(float)
+    shares = noise["setting"].str.extract(r"label_noise=([\d.]+)")[0].astype(float).map(_percent)
+    others = [label for label in dict.fromkeys(noise["label"]) if label not in ("SGD", "SAM")]
+    pairs = [("SAM", "SGD"), *((label, other) for label in others for other in ("SGD", "SAM"))]
+    words = {"supported": "better", "not supported": "worse", UNDECIDED: "undecided"}
     sentences = []
-    for label in dict.fromkeys(noise["label"]):
-        for other in ("SGD", "SAM"):
-            if label == "SGD" or label == other:
-                continue
-            rows = noise["label"] == label
-            verdicts = [
-                (_below(estimate_of(line, f"difference_to_{other}")), f"{share:.0%}".replace("%", " %"))
-                for line, share in zip(noise[rows].to_dict("records"), shares[rows], strict=True)
-            ]
-            words = {"supported": "better", "not supported": "worse", UNDECIDED: "undecided"}
-            parts = [
-                f"{word} at {', '.join(share for found, share in verdicts if found == verdict)}"
-                for verdict, word in words.items()
-                if verdict in dict(verdicts)
-            ]
-            sentences.append(f"{label} − {other}: {'; '.join(parts)}.")
-    n = " to ".join(map(str, sorted(set(noise["test_error_percent.n"]))))
+    for label, other in pairs:
+        where: dict[str, list[str]] = {verdict: [] for verdict in words}
+        for line in noise[noise["label"] == label].assign(share=shares).to_dict("records"):
+            where[_below(estimate_of(line, f"difference_to_{other}"))].append(line["share"])
+        parts = [f"{words[verdict]} at {', '.join(found)}" for verdict, found in where.items() if found]
+        sentences.append(f"{label} − {other}: {'; '.join(parts)}.")
     return (
         "Handwritten digits of which a share of the training labels is random "
-        f"([label_noise](../quick/label_noise.md), n = {n} seeds), by intervals that exclude 0: "
+        f"([label_noise](../quick/label_noise.md), n = {_n(noise)} seeds), by intervals that exclude 0: "
         + " ".join(sentences)
     )
 
@@ -270,8 +259,16 @@ def _below(gap: Estimate) -> str:
 
 
 def _points(gap: Estimate) -> str:
-    low, high = gap.interval
-    return f"{gap.mean:+.2f} [{low:+.2f}, {high:+.2f}] (n = {gap.n})".replace("-", "−")
+    return f"{points(gap)} (n = {gap.n})"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %"
+
+
+def _n(frame: pd.DataFrame) -> str:
+    """The rows' numbers of seeds."""
+    return " to ".join(map(str, sorted(set(frame["test_error_percent.n"]))))
 
 
 def _factor(log_ratio: Estimate) -> str:

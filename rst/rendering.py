@@ -44,6 +44,7 @@ _NOTES = {
     "it does not depend on the scale of weights that a BatchNorm follows.",
     "best_epoch": "Best epoch: chosen on the {split} data, hence too low; the last epoch is the result.",
 }
+SHARPNESS_NAMES = dict(zip(SHARPNESS, ("L(θ)", "λ_max", "L(θ + ε) − L(θ)", "L(θ ± d/2) − L(θ)"), strict=True))
 _MATRIX = (
     "{Split} error in percent at the last epoch: mean ± sample standard deviation over n seeds. Only where * "
     "stands does the 95 % t-interval of the difference to {reference}, paired by seed, exclude 0 "
@@ -275,10 +276,7 @@ def _cell(table: Table, line: dict[Any, Any], metric: str) -> tuple[str, str]:
         "eta_expected": ("η expected", f"{line['eta_expected.mean']:.3f}"),
         "time": (f"Time / {table.baseline}'s", "" if np.isnan(time) else f"{time:.2f}"),
         "best_epoch": (f"Best epoch (%), chosen on {table.split} data", _mean(best)),
-        "loss": ("L(θ)", _sharpness(line, "loss")),
-        "lambda_max": ("λ_max", _sharpness(line, "lambda_max")),
-        "in_ball": ("L(θ + ε) − L(θ)", _sharpness(line, "in_ball")),
-        "along": ("L(θ ± d/2) − L(θ)", _sharpness(line, "along")),
+        **{name: (heading, _sharpness(line, name)) for name, heading in SHARPNESS_NAMES.items()},
         "published": ("Published (%)", known),
     }[metric]
     return heading, text if error.n or metric == "published" else line["status"]
@@ -293,7 +291,7 @@ def _error(line: dict[Any, Any]) -> str:
 def _difference(line: dict[Any, Any], name: str) -> tuple[str, str]:
     gap = estimate_of(line, f"difference_to_{name}")
     count = _count(gap) if gap.n < line["test_error_percent.n"] else ""
-    parts = [_number(gap.mean, "+"), _interval(gap, "+"), count, "*" * gap.excludes_zero]
+    parts = [points(gap), count, "*" * gap.excludes_zero]
     return f"Difference to {name} (points)", " ".join(filter(None, parts)) if gap.n else "–"
 
 
@@ -305,6 +303,11 @@ def _sharpness(line: dict[Any, Any], name: str) -> str:
     spread = f" ± {value.std:.{digits}f}" if value.n > 1 else ""
     count = f" {_count(value)}" if value.n < line["test_error_percent.n"] else ""
     return f"{value.mean:.{digits}f}{spread}{count}"
+
+
+def points(gap: Estimate) -> str:
+    """A difference in percentage points with its interval, where there is one."""
+    return " ".join(filter(None, [_number(gap.mean, "+"), _interval(gap, "+")]))
 
 
 def _number(x: float, sign: str = "") -> str:

@@ -335,10 +335,10 @@ def _provenance(runs: pd.DataFrame, frame: pd.DataFrame) -> list[str]:
 
 
 def _sharpness_provenance(runs: pd.DataFrame) -> list[str]:
-    columns = [f"sharpness.{name}" for name in HOW_SHARP]
-    if not {*columns} <= {*runs} or runs[columns[0]].isna().all():
-        return []
-    return [_spread("Sharpness", runs[runs[columns[0]].notna()], columns)]
+    measured = runs[runs["sharpness.images"].notna()] if "sharpness.images" in runs else runs[:0]
+    return (
+        [_spread("Sharpness", measured, [f"sharpness.{name}" for name in HOW_SHARP])] if len(measured) else []
+    )
 
 
 def estimate_of(line: pd.Series | dict[Any, Any], name: str) -> Estimate:

@@ -243,18 +243,18 @@ def main() -> None:
             failed = run_all(todo, Launcher(arguments.launcher, arguments.jobs, where))
 
         every = {cell.run.id: cell.run for table in tables for cell in table.cells}
+        here = {key for key, run in every.items() if run.result(warn=False)}
         if arguments.sharpness:
             import sharpness  # scripts/sharpness.py
 
-            finished = [run.folder for run in every.values() if run.result(warn=False)]
-            sharpness.measure_all(finished, sharpness.IMAGES, arguments.jobs)
+            folders = [run.folder for key, run in every.items() if key in here]
+            sharpness.measure_all(folders, sharpness.IMAGES, arguments.jobs)
         records = collect(folder, every.values(), outputs)
         failures = {key: reason for key, run in every.items() if (reason := run.failure())}
         # A record from elsewhere must not hide that a run failed here, nor stand in for one unless asked to.
         shown = records.joined
         shown = shown[~shown["id"].isin(failures)]
         if not (arguments.reuse or arguments.collect):
-            here = {key for key, run in every.items() if run.result(warn=False)}
             shown = shown[shown["id"].isin(here)]
         single: dict[str, Table] = {}
         for table in tables:
@@ -263,8 +263,8 @@ def main() -> None:
             print(to_markdown(report) if len(tables) == 1 else f"{table.spec.name}: {table.spec.title}")
             single |= {table.spec.name: report[0]} if len(report) == 1 else {}
             to_wandb(table, files, arguments.protocol, outputs)
-        if written := single.keys() & set(findings.TABLES):
-            write_findings({name: single[name] for name in findings.TABLES if name in written}, shown, folder)
+        if of_findings := {name: single[name] for name in findings.TABLES if name in single}:
+            write_findings(of_findings, shown, folder)
     write_text(results / "README.md", index(results))
     print(f"written to {folder}: runs.csv, curves.csv, {', '.join(f'{name}.*' for name in names)}")
     for key, reason in failed.items():

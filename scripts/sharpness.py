@@ -53,8 +53,8 @@ def measure(folder: Path, at_most: int) -> str:
         raise FileNotFoundError(f"{folder} is no folder of a finished run: it has no result.json") from None
     path = folder / "sharpness.json"
     found = json.loads(path.read_text()) if path.exists() else {}
-    wanted = {"id": result["id"], "finished": result["finished"], "at_most": at_most}
-    wanted["directions"] = sharpness.DIRECTIONS
+    wanted = {key: result[key] for key in ("id", "finished")}
+    wanted |= {"at_most": at_most, "directions": sharpness.DIRECTIONS}
     if not wanted.items() <= found.items():
         config: Any = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"), resolve=True)
         state = checkpoint.load(folder / "checkpoint.pt", result["id"])
