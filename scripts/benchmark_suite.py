@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import cache, partial
 from itertools import count
 from multiprocessing.connection import Connection
@@ -205,7 +205,7 @@ def _steps_of(case: str) -> Action:
 @contextmanager
 def _server(make: Callable[[], Callable[[], Any]], threads: int) -> Iterator[Connection]:
     """A process that makes an action, acts once and says that it is ready; then it acts each time that it is
-    sent something, and sends back what the action returned."""
+    sent True, and sends back what the action returned. It ends in order, and with it its loader's workers."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["rst.engine", "rst.models", "rst.tables", "pytorch_optimizer"])
     ours, theirs = context.Pipe()
@@ -215,7 +215,9 @@ def _server(make: Callable[[], Callable[[], Any]], threads: int) -> Iterator[Con
     try:
         yield ours
     finally:
-        process.kill()
+        with suppress(BrokenPipeError):  # it has ended already
+            ours.send(False)
+        process.join()
 
 
 def _serve(connection: Connection, make: Callable[[], Callable[[], Any]], threads: int) -> None:

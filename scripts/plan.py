@@ -2,7 +2,6 @@
 
 import csv
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -83,4 +82,3 @@ def main() -> None:
 
 if __name__ == "__main__":
     launch(main)
-    sys.exit()

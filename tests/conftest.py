@@ -7,6 +7,7 @@ import runpy
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -25,16 +26,30 @@ settings.load_profile("busy machine")
 
 
 @pytest.fixture
-def run_train(monkeypatch):
-    """`run_train("method=sam", ...)` is `python train.py method=sam ...` without a new process."""
+def run_script(monkeypatch):
+    """`run_script("scripts/plan.py", "epochs=1")` is `python scripts/plan.py epochs=1` without a new process,
+    which takes seconds to start. Raises SystemExit for an exit code other than 0."""
 
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["train.py", *map(str, arguments)])
+    def run(path, *arguments):
+        monkeypatch.setattr(sys, "argv", [path, *map(str, arguments)])
+        monkeypatch.setattr(sys, "path", [str((ROOT / path).parent), *sys.path])  # a script may add to it,
+        monkeypatch.chdir(ROOT)  # and moves here
+        monkeypatch.setenv("OMP_NUM_THREADS", "1")
         monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
         GlobalHydra.instance().clear()
-        runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
+        try:
+            runpy.run_path(str(ROOT / path), run_name="__main__")
+        except SystemExit as ended:
+            if ended.code:
+                raise
 
     return run
+
+
+@pytest.fixture
+def run_train(run_script):
+    """`run_train("method=sam", ...)` is `python train.py method=sam ...` without a new process."""
+    return partial(run_script, "train.py")
 
 
 def command(*arguments, **options):

@@ -4,6 +4,8 @@ each section in small. No test looks at how long something took."""
 import csv
 import gc
 import math
+import multiprocessing
+import os
 import re
 import sys
 from itertools import product
@@ -14,6 +16,7 @@ import pytest
 import torch
 from conftest import ROOT
 from scipy import stats
+from torch.utils.data import DataLoader
 
 sys.path.insert(0, str(ROOT / "scripts"))
 import benchmark
@@ -95,6 +98,23 @@ def test_section(name, tmp_path):
             row[key] for key in ("what", "model", "rounds", "target", "reached")
         ]
         assert float(row["ratio"]) == one.ratio and abs(float(ratio) - one.ratio) <= 1e-3
+
+
+def with_a_worker():
+    batches = iter(DataLoader(range(8), num_workers=1))
+    next(batches)
+    return lambda: (next(batches), [child.pid for child in multiprocessing.active_children()])[1]
+
+
+@pytest.mark.slow
+def test_a_server_takes_its_loaders_workers_along():
+    with suite._server(with_a_worker, 1) as server:
+        assert server.recv() == "ready"
+        server.send(True)
+        (worker,) = server.recv()
+        os.kill(worker, 0)
+    with pytest.raises(ProcessLookupError):
+        os.kill(worker, 0)
 
 
 def test_command_writes_both_files_and_a_part_not_over_the_whole(tmp_path, monkeypatch, capsys):

@@ -2,11 +2,10 @@
 
 import json
 import math
-import sys
 
 import pytest
 import timm
-from conftest import ROOT, command
+from conftest import ROOT
 from hydra import initialize_config_dir
 
 import rst.models  # noqa: F401  registers the models
@@ -99,18 +98,20 @@ def test_measurements_are_kept(tmp_path):
     assert 1e8 < first[1] < 1e13  # operations a second, of one core
 
 
-def test_the_plan_adds_up(tmp_path):
-    """The whole of a table, and what is done is left out."""
-    plan = [sys.executable, "scripts/plan.py", "--outputs", tmp_path, "epochs=2", "seed=0,1"]
-    done = command(*plan, "--images-per-second", 1000)
-    assert done.returncode == 0, done.stderr
-    (total,) = [line.split() for line in done.stdout.splitlines() if line.startswith("total")]
+def test_the_plan_adds_up(tmp_path, run_script, capsys):
+    """The whole of a table."""
+    plan = ["scripts/plan.py", "--outputs", tmp_path, "epochs=2", "seed=0,1"]
+    run_script(*plan, "--images-per-second", 1000)
+    printed = capsys.readouterr().out
+    (total,) = [line.split() for line in printed.splitlines() if line.startswith("total")]
     runs, finished, failed, todo, steps, propagations = map(int, total[1:7])
     assert (runs, finished, failed, todo) == (14, 0, 0, 14)
     assert steps == 14 * 2 * (1297 // 64)
     assert math.isclose(propagations, 2 * 40 + 2 * 80 + 10 * 60, abs_tol=10)
     hours = float(total[7])
     assert hours == pytest.approx(propagations * 64 / 1000 / 3600, abs=0.006)
-    assert "1000 images a second" in done.stdout
-    done = command(*plan, "--table", "overview,nothing")
-    assert done.returncode == 2 and "unknown table nothing: choose from constant" in done.stderr
+    assert "1000 images a second" in printed
+    with pytest.raises(SystemExit) as ended:
+        run_script(*plan, "--table", "overview,nothing")
+    assert ended.value.code == 2
+    assert "unknown table nothing: choose from constant" in capsys.readouterr().err

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, command
+from filelock import FileLock
 from PIL import Image
 
 from rst.tables import read_curves, read_runs
@@ -25,12 +26,12 @@ FIGURES = [f"overview{part}.{kind}" for part in ("", "_curves", "_schedules") fo
 
 
 def script(folder, *arguments):
-    places = ["--outputs", folder / "outputs", "--jobs", 2]
-    return [sys.executable, "scripts/reproduce.py", *places, *arguments]
+    return ["scripts/reproduce.py", "--outputs", folder / "outputs", "--jobs", 2, *arguments]
 
 
 def reproduce(folder, *arguments, short=SHORT):
-    return command(*script(folder, *arguments), *short)
+    """As a user does, in a process of its own; `run_script(*script(folder, ...), *SHORT)` is faster."""
+    return command(sys.executable, *script(folder, *arguments), *short)
 
 
 def results_of(folder):
@@ -49,11 +50,17 @@ def without_times(markdown):
 
 
 @pytest.fixture(scope="module")
-def reproduced(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("reproduce")
-    done = reproduce(folder)
-    assert done.returncode == 0, done.stderr
-    return folder, done
+def reproduced(tmp_path_factory, worker_id):
+    """The folder of a table, and what making it printed. Made once for all of pytest's workers."""
+    alone = worker_id == "master"
+    base = tmp_path_factory.getbasetemp()
+    folder = (base if alone else base.parent) / "reproduced"
+    with FileLock(f"{folder}.lock"):
+        if not (folder / "printed").exists():
+            done = reproduce(folder)
+            assert done.returncode == 0, done.stderr
+            (folder / "printed").write_text(done.stdout)
+    return folder, (folder / "printed").read_text()
 
 
 @pytest.fixture
@@ -64,12 +71,12 @@ def again(reproduced, tmp_path):
 
 
 def test_writes_what_it_prints(reproduced):
-    folder, done = reproduced
+    folder, printed = reproduced
     results = results_of(folder)
     tables = ["overview.csv", "overview.md", "overview.tex"]
     assert sorted(p.name for p in results.iterdir()) == sorted([*tables, *FIGURES, *RECORDS])
     markdown = (results / "overview.md").read_text()
-    assert markdown in done.stdout
+    assert markdown in printed
     runs, curves = read_runs(results / "runs.csv"), read_curves(results / "curves.csv")
     assert len(runs) == len(curves) == 14
     assert set(runs["seed"]) == {0, 1}
@@ -84,28 +91,34 @@ def test_writes_what_it_prints(reproduced):
         assert f"(quick/{name})" in index, name
 
 
-def test_what_the_plan_foresaw_is_what_was_done(reproduced):
+@pytest.fixture
+def planned(run_script, capsys):
+    """`planned("--outputs", ...)` is the total of a plan: runs, done, failed, to do, steps, propagations."""
+
+    def total(*arguments):
+        capsys.readouterr()
+        run_script("scripts/plan.py", "--images-per-second", "1000", *arguments, *SHORT)
+        return [*map(int, capsys.readouterr().out.split("total")[1].split()[:6])]
+
+    return total
+
+
+def test_what_the_plan_foresaw_is_what_was_done(reproduced, planned):
     folder, _ = reproduced
-    plan = [sys.executable, "scripts/plan.py", "--images-per-second", "1000", *SHORT]
-    before = command(*plan, "--outputs", folder / "nothing")
-    after = command(*plan, "--outputs", folder / "outputs")
-    assert before.returncode == after.returncode == 0, before.stderr + after.stderr
-    total = {done.stdout.split("total")[1].split()[4]: done for done in (before, after)}
     runs = read_runs(results_of(folder) / "runs.csv")
-    deviation = abs(int(before.stdout.split("total")[1].split()[5]) - runs["propagations"].sum())
-    assert deviation <= 4 * (runs["propagations_std"] ** 2).sum() ** 0.5
-    assert runs["steps"].sum() == int(next(iter(total)))
-    assert after.stdout.split("total")[1].split()[:6] == ["14", "14", "0", "0", "0", "0"]
+    steps, propagations = planned("--outputs", folder / "nothing")[4:]
+    assert runs["steps"].sum() == steps
+    assert abs(propagations - runs["propagations"].sum()) <= 4 * (runs["propagations_std"] ** 2).sum() ** 0.5
+    assert planned("--outputs", folder / "outputs") == [14, 14, 0, 0, 0, 0]
 
 
-def test_only_what_is_missing_is_run(again):
+def test_only_what_is_missing_is_run(again, run_script, capsys):
     outputs = again / "outputs"
     results = {path.parent.name: path.read_bytes() for path in outputs.glob("*/result.json")}
     lost = sorted(results)[3]
     shutil.rmtree(outputs / lost)
-    done = reproduce(again)
-    assert done.returncode == 0, done.stderr
-    assert "14 runs, 1 of them to do" in done.stdout
+    run_script(*script(again, "--launcher", "basic"), *SHORT)  # the others were joblib's
+    assert "14 runs, 1 of them to do" in capsys.readouterr().out
     for name, before in results.items():
         after = (outputs / name / "result.json").read_bytes()
         if name == lost:
@@ -116,7 +129,7 @@ def test_only_what_is_missing_is_run(again):
             assert after == before
 
 
-def test_from_the_records_alone_every_file_is_made_again_byte_for_byte(again):
+def test_from_the_records_alone_every_file_is_made_again_byte_for_byte(again, planned):
     results = results_of(again)
     before = {path.name: path.read_bytes() for path in results.iterdir()}
     for name in before.keys() - set(RECORDS):
@@ -128,23 +141,14 @@ def test_from_the_records_alone_every_file_is_made_again_byte_for_byte(again):
     assert "14 runs, 0 of them to do" in done.stdout
     assert {path.name: path.read_bytes() for path in results.iterdir()} == before
     # Without REUSE they would be run.
-    plan = [
-        sys.executable,
-        "scripts/plan.py",
-        "--outputs",
-        again / "outputs",
-        "--results",
-        results.parent,
-        *SHORT,
-    ]
-    assert command(*plan).stdout.split("total")[1].split()[:4] == ["14", "0", "0", "14"]
-    assert command(*plan, "--reuse").stdout.split("total")[1].split()[:4] == ["14", "14", "0", "0"]
+    places = ["--outputs", again / "outputs", "--results", results.parent]
+    assert planned(*places)[:4] == [14, 0, 0, 14]
+    assert planned(*places, "--reuse")[:4] == [14, 14, 0, 0]
 
 
-def test_collecting_runs_nothing(tmp_path):
-    done = reproduce(tmp_path, "--collect")
-    assert done.returncode == 0, done.stderr
-    assert "14 runs, 14 of them to do" in done.stdout
+def test_collecting_runs_nothing(tmp_path, run_script, capsys):
+    run_script(*script(tmp_path, "--collect"), *SHORT)
+    assert "14 runs, 14 of them to do" in capsys.readouterr().out
     assert "not run" in (results_of(tmp_path) / "overview.md").read_text()
     assert not list((tmp_path / "outputs").glob("digits*"))
 
@@ -181,7 +185,7 @@ def test_failing_runs_leave_the_others_and_the_table_says_so(again):
     lost = list(outputs.glob("*-rst-linear-*"))
     for folder in lost:  # and two that are well
         shutil.rmtree(folder)
-    done = command(*script(again), *SHORT, env={"PYTHONPATH": str(hook)})
+    done = command(sys.executable, *script(again), *SHORT, env={"PYTHONPATH": str(hook)})
     assert done.returncode == 1, done.stdout + done.stderr
     reasons = {
         "sgd": "RuntimeError: the disk is on fire",
@@ -194,7 +198,7 @@ def test_failing_runs_leave_the_others_and_the_table_says_so(again):
         assert reason in json.loads((outputs / broken[method] / "failed.json").read_text())["error"]
         assert reason in markdown
     assert all((folder / "result.json").exists() for folder in lost)
-    done = reproduce(again)  # without what made them fail
+    done = reproduce(again, "--launcher", "basic")  # without what made them fail
     assert done.returncode == 0, done.stderr
     assert "3 of them to do" in done.stdout
     assert "failed" not in (results_of(again) / "overview.md").read_text()
@@ -203,7 +207,7 @@ def test_failing_runs_leave_the_others_and_the_table_says_so(again):
 @pytest.mark.slow
 def test_a_row_of_which_all_runs_fail(tmp_path):
     short = [*SHORT[:2], "seed=0"]
-    done = reproduce(tmp_path, "optimizer.lr=1e30", "clip_norm=null", short=short)
+    done = reproduce(tmp_path, "--launcher", "basic", "optimizer.lr=1e30", "clip_norm=null", short=short)
     assert done.returncode == 1
     markdown = (results_of(tmp_path) / "overview.md").read_text()
     assert re.search(r"failed: method=\w+: the loss is \S+ at step", markdown)
@@ -211,7 +215,7 @@ def test_a_row_of_which_all_runs_fail(tmp_path):
 
 
 def start(folder):
-    arguments = [*map(str, script(folder)), *SHORT]
+    arguments = [sys.executable, *map(str, script(folder)), *SHORT]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     return subprocess.Popen(arguments, cwd=ROOT, env=environment, **pipes)
@@ -304,7 +308,8 @@ def test_ray_runs_them_too(again):
 
 @pytest.mark.slow
 def test_several_tables_and_settings_are_one_batch(tmp_path):
-    done = reproduce(tmp_path, "--table", "overview,methods", short=["epochs=1", "model.width=4", "seed=0"])
+    arguments = ["--table", "overview,methods", "--launcher", "basic"]
+    done = reproduce(tmp_path, *arguments, short=["epochs=1", "model.width=4", "seed=0"])
     assert done.returncode == 0, done.stderr
     # overview's 7; methods' 6 rows in 2 settings, of which 4 runs are overview's.
     assert "15 runs, 15 of them to do" in done.stdout
@@ -326,10 +331,11 @@ def test_several_tables_and_settings_are_one_batch(tmp_path):
         (["--protocol", "nothing"], "choose from"),
     ],
 )
-def test_an_unknown_table_or_protocol_lists_the_choices(arguments, message):
-    done = command(sys.executable, "scripts/reproduce.py", *arguments)
-    assert done.returncode == 2
-    assert message in done.stderr.splitlines()[-1]
+def test_an_unknown_table_or_protocol_lists_the_choices(arguments, message, run_script, capsys):
+    with pytest.raises(SystemExit) as ended:
+        run_script("scripts/reproduce.py", *arguments)
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.parametrize(
@@ -345,18 +351,18 @@ def test_an_unknown_table_or_protocol_lists_the_choices(arguments, message):
         (["--launcher", "submitit_slurm"], "srun"),
     ],
 )
-def test_bad_input_is_one_line_and_runs_nothing(tmp_path, arguments, message):
-    done = reproduce(tmp_path, *arguments)
-    assert done.returncode == 1
-    assert done.stderr.startswith("error: ") and message in done.stderr
-    assert done.stderr.count("\n") == 1
+def test_bad_input_is_one_line_and_runs_nothing(tmp_path, arguments, message, run_script, capsys):
+    with pytest.raises(SystemExit) as ended:
+        run_script(*script(tmp_path, *arguments), *SHORT)
+    error = ended.value.code  # a text: Python prints it on stderr and exits with 1
+    assert isinstance(error, str) and error.startswith("error: ") and message in error
+    assert "\n" not in error and capsys.readouterr().err == ""
     assert not list(tmp_path.glob("outputs/digits*"))
 
 
-def test_what_cannot_change_a_result_does_not_move_the_tables(tmp_path):
+def test_what_cannot_change_a_result_does_not_move_the_tables(tmp_path, run_script):
     """Overrides that shorten a table keep it from the place of the whole one; a device, say, does not."""
-    done = command(*script(tmp_path, "--collect", "device=cpu", "--results", tmp_path / "given"))
-    assert done.returncode == 0, done.stderr
+    run_script(*script(tmp_path, "--collect", "device=cpu", "--results", tmp_path / "given"))
     sys.path.insert(0, str(ROOT / "scripts"))
     import reproduce as driver
 

@@ -148,13 +148,16 @@ def test_measuring_changes_nothing_and_repeats():
 
 
 @pytest.mark.slow
-def test_from_runs_to_the_table(tmp_path):
+def test_from_runs_to_the_table(tmp_path, run_script, capsys):
     """Measure two runs, collect them into a table, and make it again from the records alone."""
     size = ["epochs=1", "model.width=4", "dataset.train_size=256"]
     outputs, results = tmp_path / "outputs", tmp_path / "results"
-    driver = ["scripts/reproduce.py", "--launcher", "basic", "--results", results, "--outputs", outputs]
-    ran = command(sys.executable, *driver, "seed=0", *size)
-    assert ran.returncode == 0, ran.stderr
+
+    def driver(*arguments):
+        run_script("scripts/reproduce.py", "--launcher", "basic", "--jobs", 1, *arguments, "seed=0", *size)
+
+    places = ["--results", results, "--outputs", outputs]
+    driver(*places)
     folders = sorted(path for path in outputs.iterdir() if "-sgd-" in path.name or "-sam-" in path.name)
     measuring = [sys.executable, "scripts/sharpness.py", "--images", "40", "--jobs", "1"]
     measured = command(*measuring, *folders, tmp_path)
@@ -165,10 +168,12 @@ def test_from_runs_to_the_table(tmp_path):
     found = [json.loads(file.read_text()) for file in files]
     assert [one["images"] for one in found] == [40, 40] and all(one["lambda_max"] > 0 for one in found)
     times = [file.stat().st_mtime_ns for file in files]
-    assert command(*measuring, *folders).stdout == measured.stdout
+    capsys.readouterr()
+    run_script(*measuring[1:], *folders)
+    assert capsys.readouterr().out == measured.stdout
     assert [file.stat().st_mtime_ns for file in files] == times  # not measured again
 
-    assert command(sys.executable, *driver, "--collect", "seed=0", *size).returncode == 0
+    driver("--collect", *places)
     table = (results / "quick" / "overview.md").read_text()
     assert table.count("not measured") == 4 * 5 and "| λ_max" in table
     assert "- Sharpness: images 40, directions 3, commit " in table
@@ -179,12 +184,10 @@ def test_from_runs_to_the_table(tmp_path):
     again.mkdir()
     (results / "quick").rename(again / "quick")
     kept = {path.name: path.read_bytes() for path in (again / "quick").iterdir()}
-    elsewhere = ["--results", again, "--outputs", tmp_path / "none", "--reuse", "--collect"]
-    assert command(sys.executable, driver[0], *elsewhere, "seed=0", *size).returncode == 0
+    driver("--reuse", "--collect", "--results", again, "--outputs", tmp_path / "none")
     assert {path.name: path.read_bytes() for path in (again / "quick").iterdir()} == kept
 
-    whole = command(sys.executable, *driver, "--sharpness", "--collect", "seed=0", *size)
-    assert whole.returncode == 0, whole.stderr
+    driver("--sharpness", "--collect", *places)
     table = (results / "quick" / "overview.md").read_text()
     assert "not measured" not in table and "- Sharpness: images 256, directions 3, commit " in table
 

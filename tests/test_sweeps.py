@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import yaml
-from conftest import ROOT, train_command
+from conftest import ROOT
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf, open_dict
 
@@ -110,12 +110,10 @@ def test_a_cell_is_what_hydra_composes():
     assert added.run.config["model"]["bias"] is True and added.run.config["schedule"]["p"] == 0.25
 
 
-def test_a_sweep_by_hand_makes_the_runs_of_a_table(tmp_path):
+def test_a_sweep_by_hand_makes_the_runs_of_a_table(tmp_path, run_train):
     short = ["protocol=quick", "epochs=1", "model.width=4"]
     grid = ["schedule=constant,linear", "schedule.p=0.25,0.5", "seed=0,1"]
-    launcher = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
-    done = train_command("-m", *short, *grid, *launcher, f"outputs={tmp_path}")
-    assert done.returncode == 0, done.stderr
+    run_train("-m", *short, *grid, f"outputs={tmp_path}")
     made = {path.parent.name for path in tmp_path.glob("*/result.json")}
     expected = set()
     for overrides in expand(grid[:2], "grid"):

@@ -33,9 +33,8 @@ def without_times(folder):
     return [{k: v for k, v in row.items() if not k.startswith("seconds")} for row in rows]
 
 
-def test_each_method(tmp_path):
-    done = train_command("-m", *SHORT, "method=sgd,sam,asam,gnp,rst,grst", "seed=0", f"outputs={tmp_path}")
-    assert done.returncode == 0, done.stderr
+def test_each_method(tmp_path, run_train):
+    run_train("-m", *SHORT, "method=sgd,sam,asam,gnp,rst,grst", "seed=0", f"outputs={tmp_path}")
     found = {method: result for (method, _, _), result in results(tmp_path).items()}
     eta = {method: result["propagations"] / result["steps"] for method, result in found.items()}
     assert {m: eta[m] for m in ("sgd", "sam", "asam", "gnp")} == {"sgd": 1, "sam": 2, "asam": 2, "gnp": 2}
@@ -59,13 +58,12 @@ def test_each_method(tmp_path):
         assert result["host"] and result["command"].startswith("python train.py ")
 
 
-def test_a_job_in_a_sweep_equals_the_same_job_alone(tmp_path):
+def test_a_job_in_a_sweep_equals_the_same_job_alone(tmp_path, run_train):
     sweep, alone = tmp_path / "sweep", tmp_path / "alone"
     grid = ["schedule=constant,piecewise", "seed=0,1"]
-    done = train_command("-m", *SHORT, *grid, f"outputs={sweep}")
-    assert done.returncode == 0, done.stderr
+    run_train("-m", *SHORT, *grid, f"outputs={sweep}")
     assert len(results(sweep)) == 4
-    # The last of the sweep, so that three jobs went before it in its process.
+    # The last of the sweep, so that three jobs went before it in its process; alone, in a process of its own.
     done = train_command(*SHORT, "schedule=piecewise", "seed=1", f"outputs={alone}")
     assert done.returncode == 0, done.stderr
     single = only(alone.glob("*/result.json")).parent
