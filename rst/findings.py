@@ -8,7 +8,7 @@ import pandas as pd
 from scipy import stats
 
 from rst.rendering import SHARPNESS_NAMES, pipes, points
-from rst.tables import Estimate, Table, estimate, estimate_of, paired_difference
+from rst.tables import Estimate, Table, estimate, estimate_of, paired_difference, provenance
 
 TABLES = ("schedules", "constant", "gamma")  # what the page is made of
 UNDECIDED = "undecided at this scale"
@@ -96,9 +96,16 @@ def findings(tables: dict[str, Table], runs: pd.DataFrame, noise: pd.DataFrame |
         "## On another task",
         "Not run." if noise is None else _on_noise(noise),
         "## Where the numbers come from",
-        " ".join(schedules.provenance),
+        " ".join(_sources(tables, runs)),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _sources(tables: dict[str, Table], runs: pd.DataFrame) -> list[str]:
+    """The provenance of all tables together, in which a run of two of them counts once."""
+    frame = pd.concat([table.frame for table in tables.values()])
+    ids = frame.set_index("label")["runs"].str.split().explode().rename("id").reset_index()
+    return provenance(ids.merge(runs, on="id"), frame)
 
 
 def _comparable(known: Runs, table: str, label: str, claim: str) -> Finding:

@@ -238,8 +238,8 @@ def build_table(
     frame = pd.DataFrame([_line(row, found, failures, reference, baseline) for row in rows])
     used = pd.concat([group.reset_index().assign(label=label) for label, group in found.items()])
     shown = None if metrics is None else tuple(metrics)
-    provenance = _provenance(used, frame)
-    return Table(title, setting, column or setting, frame, provenance, reference, baseline, shown, split)
+    sources = provenance(used, frame)
+    return Table(title, setting, column or setting, frame, sources, reference, baseline, shown, split)
 
 
 def _line(
@@ -320,7 +320,9 @@ def _spread(name: str, frame: pd.DataFrame, columns: Sequence[str]) -> str:
     return f"{name}, MIXED: {'; '.join(parts)}."
 
 
-def _provenance(runs: pd.DataFrame, frame: pd.DataFrame) -> list[str]:
+def provenance(runs: pd.DataFrame, frame: pd.DataFrame) -> list[str]:
+    """Where the numbers come from that `frame`, lines of `Table.frame`, has of `runs`, with their `label`:
+    how many runs, of when, their seeds, code, software and machine. What differs is said of each row."""
     if runs.empty:
         return ["No run has finished."]
     days = sorted({runs["finished"].min()[:10], runs["finished"].max()[:10]})

@@ -17,6 +17,7 @@ from rst.sweeps import read_specification
 from rst.tables import Row, build_table, estimate, runs_frame
 
 CONF = ROOT / "conf"
+PLAIN = {"p = 0 (SGD)": "SGD", "p = 1 (SAM)": "SAM"}
 # Percentage points beside SAM's error, of which each seed's noise is the same in every row but for its own.
 NOISE = [0.0, 0.4, -0.3, 0.2, -0.4]
 
@@ -35,7 +36,7 @@ def page(errors, sharpness=None, seconds=lambda eta, seed: 10 * eta + 0.1 * seed
     for table in TABLES:
         rows = []
         for label in [row.label for row in read_specification(CONF, table, "cpu").rows]:
-            plain = {"p = 0 (SGD)": "SGD", "p = 1 (SAM)": "SAM"}.get(label, label)
+            plain = PLAIN.get(label, label)
             method = {"SGD": "sgd", "SAM": "sam"}.get(plain, "rst")
             ids, eta = {}, eta_of(plain)
             for seed, noise in enumerate(NOISE):
@@ -97,6 +98,8 @@ def test_verdicts():
     assert found["A budget spent late beats one spent early, p = 0.5"][1] == "supported"
     assert found["Minima of SAM are flatter than SGD's: λ_max"] == ("not measured", "not run")
     assert "n = 5 seeds a row" in text and "commit 1234567" in text
+    labels = {row.label for table in TABLES for row in read_specification(CONF, table, "cpu").rows}
+    assert f"\nRuns: {5 * len({PLAIN.get(label, label) for label in labels})}, finished" in text
 
 
 def test_choosing():
