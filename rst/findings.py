@@ -1,7 +1,7 @@
 """What a protocol's tables say of the paper's claims, in one page made of their numbers alone."""
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -15,13 +15,6 @@ UNDECIDED = "undecided at this scale"
 NOT_RUN = "not run"
 TIME = 0.15  # within which time must follow η
 SHARP = {name: SHARPNESS_NAMES[name] for name in ("lambda_max", "in_ball", "along")}
-
-
-@dataclass(frozen=True)
-class Finding:
-    claim: str
-    measured: str
-    verdict: str  # begins with supported, not supported, UNDECIDED or NOT_RUN
 
 
 class Runs:
@@ -73,12 +66,14 @@ def findings(tables: dict[str, Table], runs: pd.DataFrame, noise: pd.DataFrame |
     equal = [label for label in known.labels("schedules", 1.5) if label != even]
     gammas = [label for label in known.labels("gamma", 1.5) if "RST" not in label]
     found = [
-        Finding("SAM generalises better than SGD", f"SAM − SGD {_points(gain)}", _below(gain)),
-        *(_comparable(known, "schedules", x, f"RST is comparable with SAM: {x}") for x in [even, *equal]),
-        *(_comparable(known, "gamma", x, f"G-RST matches or beats SAM: {x}") for x in gammas),
+        _finding("SAM generalises better than SGD", f"SAM − SGD {points(gain)}", gain.n, _below(gain)),
         *_late(known),
         *_flatter(known),
         _time(known),
+    ]
+    at_half = [
+        *(_against_sam(known, "schedules", x) | {"At η ≈ 1.5": f"RST {x}"} for x in [even, *equal]),
+        *(_against_sam(known, "gamma", x) | {"At η ≈ 1.5": f"G-RST {x}"} for x in gammas),
     ]
     parts = [
         "# Findings",
@@ -86,19 +81,27 @@ def findings(tables: dict[str, Table], runs: pd.DataFrame, noise: pd.DataFrame |
         "are of initialisation, data order, augmentation and coin. Differences are of test error in "
         "percentage points, negative is better; brackets hold 95 % t-intervals, paired by seed, not "
         "corrected for their number. Tables: " + ", ".join(f"[{name}]({name}.md)" for name in tables) + ".",
-        pipes([{"Claim": f.claim, "Measured": f.measured, "Verdict": f.verdict} for f in found]),
-        "*Comparable* and *matches*: the error lies below the middle of SGD's and SAM's, by an interval that "
-        "excludes 0, so that more than half of SAM's gain is kept; *not supported*: it lies above. All of "
-        "these rows have η ≈ 1.5, half of SAM's extra cost. Times are of runs side by side on one machine; "
-        "`make benchmark` measures them interleaved. A verdict holds for this setting and no other.",
+        pipes(found),
+        "Late, early and evenly: piecewise rising, piecewise falling and constant p. Times are of runs side "
+        "by side on one machine; `make benchmark` measures them interleaved. A verdict holds for this "
+        "setting and no other.",
+        "## At half of SAM's extra cost",
+        "RST is comparable with SAM, and G-RST matches or beats it: supported where the error lies below the "
+        "middle of SGD's and SAM's, by an interval that excludes 0, so that more than half of SAM's gain is "
+        "kept; not supported where it lies above.",
+        pipes(at_half),
         "## Choosing a schedule",
         _choosing(known, even, equal),
         "## On another task",
         "Not run." if noise is None else _on_noise(noise),
-        "## Where the numbers come from",
         " ".join(_sources(tables, runs)),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _finding(claim: str, measured: str, n: int, verdict: str) -> dict[str, str]:
+    """A line of the page. The verdict begins with supported, not supported, UNDECIDED or NOT_RUN."""
+    return {"Claim": claim, "Measured": measured, "n": str(n), "Verdict": verdict}
 
 
 def _sources(tables: dict[str, Table], runs: pd.DataFrame) -> list[str]:
@@ -108,39 +111,43 @@ def _sources(tables: dict[str, Table], runs: pd.DataFrame) -> list[str]:
     return provenance(ids.merge(runs, on="id"), frame)
 
 
-def _comparable(known: Runs, table: str, label: str, claim: str) -> Finding:
+def _against_sam(known: Runs, table: str, label: str) -> dict[str, str]:
     to_sam, to_half = known.gap(table, label, "SAM"), known.to_half(table, label)
-    measured = f"to SAM {points(to_sam)}, to the middle {_points(to_half)}"
-    if _below(known.gap(table, "SAM", "SGD")) != "supported":
-        return Finding(claim, measured, f"{UNDECIDED}: SAM itself is not shown to gain")
     verdict = _below(to_half)
-    if verdict != "not supported":
+    if _below(known.gap(table, "SAM", "SGD")) != "supported":
+        verdict = f"{UNDECIDED}: SAM itself is not shown to gain"
+    elif verdict != "not supported":
         own = {"supported": ": better than SAM", "not supported": ", but worse than SAM"}
         verdict += own.get(_below(to_sam), "")
-    return Finding(claim, measured, verdict)
+    return {
+        "At η ≈ 1.5": label,
+        "Error − SAM's": points(to_sam),
+        "Error − the middle": points(to_half),
+        "n": str(to_half.n),
+        "Verdict": verdict,
+    }
 
 
-def _late(known: Runs) -> list[Finding]:
+def _late(known: Runs) -> list[dict[str, str]]:
     found = []
     for p in ("0.5", "0.25"):
-        for other, how in (("constant", "spread evenly"), ("piecewise falling", "spent early")):
+        for other, how in (("constant", "evenly"), ("piecewise falling", "early")):
             gap = known.gap("schedules", f"piecewise rising p = {p}", f"{other} p = {p}")
-            claim = f"A budget spent late beats one {how}, p = {p}"
-            measured = f"piecewise rising − {other.removeprefix('piecewise ')} {_points(gap)}"
-            found.append(Finding(claim, measured, _below(gap)))
+            claim = f"A budget spent late beats one spent {how}, p = {p}"
+            found.append(_finding(claim, f"late − {how} {points(gap)}", gap.n, _below(gap)))
     return found
 
 
-def _flatter(known: Runs) -> list[Finding]:
+def _flatter(known: Runs) -> list[dict[str, str]]:
     found = []
     for label in ("SAM", "linear rising p = 0.5"):
         for column, name in SHARP.items():
             ratio = _log_ratio(known, label, column)
-            claim = f"Minima of {label} are flatter than SGD's: {name}"
+            claim = f"Minima are flatter than SGD's: {label}, {name}"
             if ratio is None:
-                found.append(Finding(claim, "not measured", NOT_RUN))
+                found.append(_finding(claim, "not measured", 0, NOT_RUN))
             else:
-                found.append(Finding(claim, f"ratio to SGD's {_factor(ratio)}", _below(ratio)))
+                found.append(_finding(claim, f"ratio {_factor(ratio)}", ratio.n, _below(ratio)))
     return found
 
 
@@ -153,9 +160,9 @@ def _log_ratio(known: Runs, label: str, column: str) -> Estimate | None:
     return paired_difference(np.log(ours), np.log(theirs))
 
 
-def _time(known: Runs) -> Finding:
+def _time(known: Runs) -> dict[str, str]:
     """Seconds over SGD's against η: of each seed the mean logarithm over rows, and of these the interval."""
-    claim = f"Training time follows η within {_percent(TIME)}"
+    claim = f"Training time follows η within {100 * TIME:.0f} %"
     frame = known.tables["schedules"].frame.set_index("label")
     labels = [x for x in frame.index[frame["time_relative_to_SGD"].notna()] if x != "SGD"]
     sgd = known.values("schedules", "SGD", "seconds.train")
@@ -165,19 +172,19 @@ def _time(known: Runs) -> Finding:
         seconds = known.values("schedules", label, "seconds.train")
         excess[label] = np.log((seconds / sgd / eta).astype(float))
     if not excess:
-        return Finding(claim, "no times of one machine", NOT_RUN)
+        return _finding(claim, "no times of one machine", 0, NOT_RUN)
     of_seeds = estimate(pd.DataFrame(excess).mean(axis=1))
     rows = pd.DataFrame(excess).median()
     low, high = of_seeds.interval
     measured = (
-        f"(time / SGD's) / η {_factor(of_seeds)}; medians of {len(rows)} rows from "
-        f"{math.exp(rows.min()):.2f} to {math.exp(rows.max()):.2f}"
+        f"(time / SGD's) / η {_factor(of_seeds)}; of {len(rows)} rows {math.exp(rows.min()):.2f} to "
+        f"{math.exp(rows.max()):.2f}"
     )
     bound = math.log(1 + TIME)
     if of_seeds.is_evidence and -bound < low and high < bound:
-        return Finding(claim, measured, "supported")
+        return _finding(claim, measured, of_seeds.n, "supported")
     outside = of_seeds.is_evidence and (high < -bound or low > bound)
-    return Finding(claim, measured, "not supported" if outside else UNDECIDED)
+    return _finding(claim, measured, of_seeds.n, "not supported" if outside else UNDECIDED)
 
 
 def _choosing(known: Runs, half: str, equal: list[str]) -> str:
@@ -193,11 +200,12 @@ def _choosing(known: Runs, half: str, equal: list[str]) -> str:
         to_even = known.gaps("schedules", labels, even)
         to_sgd = known.gaps("schedules", labels, "SGD")
         to_simplest |= to_even
+        better = sum(_below(gap) == "supported" for gap in to_sgd.values())
         sentences.append(
             f"At η ≈ {eta} the lowest mean error of {len(labels)} schedules is that of {best}, "
             f"{errors[best]:.2f} %; {even} has {errors[even]:.2f} %. By an interval that excludes 0, better "
-            f"than constant: {_those(to_even, 'supported')}; worse: {_those(to_even, 'not supported')}; "
-            f"better than SGD: {_those(to_sgd, 'supported')}."
+            f"than SGD: {better} of them; better than constant: {_those(to_even, 'supported')}; worse: "
+            f"{_those(to_even, 'not supported')}."
         )
     rising = [x for x in [*others[quarter], *equal] if " rising " in x]
     later = [_below(known.gap("schedules", x, x.replace("rising", "falling"))) for x in rising]
@@ -226,7 +234,7 @@ def _choosing(known: Runs, half: str, equal: list[str]) -> str:
 
 def _on_noise(noise: pd.DataFrame) -> str:
     """Of each row at which share of random labels it is better or worse than SGD, and than SAM."""
-    shares = noise["setting"].str.extract(r"label_noise=([\d.]+)")[0].astype(float).map(_percent)
+    shares = noise["setting"].str.extract(r"label_noise=([\d.]+)")[0].astype(float)
     others = [label for label in dict.fromkeys(noise["label"]) if label not in ("SGD", "SAM")]
     pairs = [("SAM", "SGD"), *((label, other) for label in others for other in ("SGD", "SAM"))]
     words = {"supported": "better", "not supported": "worse", UNDECIDED: "undecided"}
@@ -234,8 +242,8 @@ def _on_noise(noise: pd.DataFrame) -> str:
     for label, other in pairs:
         where: dict[str, list[str]] = {verdict: [] for verdict in words}
         for line in noise[noise["label"] == label].assign(share=shares).to_dict("records"):
-            where[_below(estimate_of(line, f"difference_to_{other}"))].append(line["share"])
-        parts = [f"{words[verdict]} at {', '.join(found)}" for verdict, found in where.items() if found]
+            where[_below(estimate_of(line, f"difference_to_{other}"))].append(f"{100 * line['share']:.0f}")
+        parts = [f"{words[verdict]} at {', '.join(found)} %" for verdict, found in where.items() if found]
         sentences.append(f"{label} − {other}: {'; '.join(parts)}.")
     return (
         "Handwritten digits of which a share of the training labels is random "
@@ -265,14 +273,6 @@ def _below(gap: Estimate) -> str:
     return "supported" if gap.mean < 0 else "not supported"
 
 
-def _points(gap: Estimate) -> str:
-    return f"{points(gap)} (n = {gap.n})"
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.0f} %"
-
-
 def _n(frame: pd.DataFrame) -> str:
     """The rows' numbers of seeds."""
     return " to ".join(map(str, sorted(set(frame["test_error_percent.n"]))))
@@ -280,4 +280,4 @@ def _n(frame: pd.DataFrame) -> str:
 
 def _factor(log_ratio: Estimate) -> str:
     mean, low, high = map(math.exp, (log_ratio.mean, *log_ratio.interval))
-    return f"{mean:.2f} [{low:.2f}, {high:.2f}] (n = {log_ratio.n})"
+    return f"{mean:.2f} [{low:.2f}, {high:.2f}]"
