@@ -98,7 +98,8 @@ def test_verdicts():
     assert found["A budget spent late beats one spent evenly, p = 0.5"][2] == "supported"
     assert found["A budget spent late beats one spent evenly, p = 0.25"][2] == "undecided at this scale"
     assert found["A budget spent late beats one spent early, p = 0.5"][2] == "supported"
-    assert found["Minima are flatter than SGD's: SAM, λ_max"] == ("not measured", "0", "not run")
+    assert found["SAM's minima are flatter than SGD's: λ_max"] == ("not measured", "0", "not run")
+    assert "by λ_max not measured, " in text
     assert "n = 5 seeds a row" in text and "commit 1234567" in text
     labels = {row.label for table in TABLES for row in read_specification(CONF, table, "cpu").rows}
     assert f"\nRuns: {5 * len({PLAIN.get(label, label) for label in labels})}, finished" in text
@@ -168,11 +169,13 @@ def test_sharpness_as_ratios():
         spread = 1 + 0.02 * (runs["seed"].astype(int) % 3) * (runs["choices.method"] != "sgd")
         return {"loss": 0.1, "lambda_max": flat * spread, "in_ball": flat / 100, "along": np.nan}
 
-    _, found, _ = page({"SGD": 2.0}, measured)
-    claim = "Minima are flatter than SGD's: {}, {}".format
-    text, n, verdict = found[claim("SAM", "λ_max")]
+    page_text, found, at_half = page({"SGD": 2.0}, measured)
+    claim = "SAM's minima are flatter than SGD's: {}".format
+    text, n, verdict = found[claim("λ_max")]
     assert n == "5" and verdict == "supported" and re.fullmatch(r"ratio 0\.25 \[0\.2\d, 0\.2\d\]", text)
-    assert found[claim("linear rising p = 0.5", "λ_max")][2] == "not supported"
+    schedules = ", ".join(label.removeprefix("RST ") for label in at_half if label.startswith("RST "))
+    assert f"by λ_max 0 of 9 (sharper: {schedules}), by " in page_text
+    assert "by L(θ ± d/2) − L(θ) not measured. " in page_text
     # Equal in all seeds: no evidence of any kind.
-    assert found[claim("SAM", "L(θ + ε) − L(θ)")][2] == "undecided at this scale"
-    assert found[claim("SAM", "L(θ ± d/2) − L(θ)")] == ("not measured", "0", "not run")
+    assert found[claim("L(θ + ε) − L(θ)")][2] == "undecided at this scale"
+    assert found[claim("L(θ ± d/2) − L(θ)")] == ("not measured", "0", "not run")
