@@ -201,13 +201,17 @@ def training_curves(table: Table, curves: pd.DataFrame, stem: Path) -> Figure:
 def sharpness_figure(table: Table, sharpness: pd.DataFrame, stem: Path) -> Figure:
     """Write test error against λ_max (means, ± one standard deviation), and what the training loss gains
     along filter-normalised random directions (mean over seeds), for the rows of which runs were measured; the
-    others are named, and so is a number of runs measured that is not all. Above 12 rows the panels repeat,
-    each with reference and baseline."""
+    others are named, and so is a number of runs measured that is not all. Above 12 rows the panels repeat at
+    the same scales, each with reference and baseline."""
     looks = _looks(table)
     with style.context(STYLE):
         figure, panels = _panels(table, sharpness, height=4.8)
-        for panel, rows in panels:
-            points, lines = panel.subplots(1, 2)
+        grids = [panel.subplots(1, 2) for panel, _ in panels]
+        for points, lines in grids[1:]:
+            for axes, first in ((points, grids[0][0]), (lines, grids[0][1])):
+                axes.sharex(first)
+                axes.sharey(first)
+        for (panel, rows), (points, lines) in zip(panels, grids, strict=True):
             for label, row in rows.iterrows():
                 measured, n = row["lambda_max.n"], row["test_error_percent.n"]
                 few = f" (sharpness of {measured})" if measured < n else ""
@@ -259,7 +263,7 @@ def _panels(
     always = [table.baseline, table.reference]
     chunks = _chunks([label for label in frame["label"] if label not in always], ROWS_A_PANEL - 2)
     figure = Figure(figsize=(10, height * len(chunks)), dpi=120, layout="constrained")
-    figure.suptitle(_title(table, frame, width=120), fontsize=9)
+    figure.suptitle(_title(table, frame, width=150), fontsize=9)
     panels = figure.subfigures(len(chunks), 1, squeeze=False).flat
     drawn = frame.assign(shown=_named(frame)).set_index("label")
     rows = [drawn[drawn.index.isin([*always, *chunk])] for chunk in chunks]

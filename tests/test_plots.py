@@ -435,17 +435,20 @@ def test_curves_of_one_seed_have_no_band_and_rows_without_curves_are_left_out(tm
     assert shown[:3] == ["SGD", "SAM (n = 1)", "RST piecewise"]
 
 
-def test_sharpness_figure(tmp_path):
-    """Points and curves are the means of the runs measured; which are not all is said."""
-    methods = METHODS[:3]
+def draw_sharpness(methods, measured, stem):
+    """Of each row so many runs measured; λ_max is ten times the row's place, from 1, and the seed."""
     sharp = sharpness_frame(
         {"id": f"{i}-{seed}", "lambda_max": 10.0 * (i + 1) + seed, "curve": [float(seed)] * len(ALPHAS)}
-        for i, n in enumerate((5, 2, 0))
+        for i, n in enumerate(measured)
         for seed in range(n)
     )
     runs = make_runs(methods).merge(sharp[["id", *SHARPNESS]], on="id", how="left")
-    table = build_table("Methods", SETTING, make_rows(methods), runs)
-    figure = sharpness_figure(table, sharp, tmp_path / "sharp")
+    return sharpness_figure(build_table("Methods", SETTING, make_rows(methods), runs), sharp, stem)
+
+
+def test_sharpness_figure(tmp_path):
+    """Points and curves are the means of the runs measured; which are not all is said."""
+    figure = draw_sharpness(METHODS[:3], (5, 2, 0), tmp_path / "sharp")
     points, lines = figure.subfigs[0].axes
     found = {c.get_label(): float(c.lines[0].get_xdata()[0]) for c in points.containers}
     assert found == pytest.approx({"SGD": 12.0, "SAM (sharpness of 2)": 20.5})
@@ -453,3 +456,12 @@ def test_sharpness_figure(tmp_path):
     assert heights == {"SGD": {2.0}, "SAM (sharpness of 2)": {0.5}}
     assert figure.get_supxlabel() == "not measured: RST constant"
     assert (tmp_path / "sharp.pdf").exists() and (tmp_path / "sharp.png").exists()
+
+
+def test_sharpness_of_many_rows_is_at_one_scale(tmp_path):
+    methods = CROWD[: ROWS_A_PANEL + 1]
+    one, other = draw_sharpness(methods, [2] * len(methods), tmp_path / "sharp").subfigs
+    for first, second in zip(one.axes, other.axes, strict=True):
+        assert first.get_xlim() == second.get_xlim() and first.get_ylim() == second.get_ylim()
+    low, high = one.axes[0].get_xlim()
+    assert low < 10 and high > 10 * len(methods)

@@ -150,7 +150,7 @@ def test_measuring_changes_nothing_and_repeats():
 @pytest.mark.slow
 def test_from_runs_to_the_table(tmp_path, run_script, capsys):
     """Measure two runs, collect them into a table, and make it again from the records alone."""
-    size = ["epochs=1", "model.width=4", "dataset.train_size=256"]
+    size = ["epochs=1", "model.width=4", "dataset.train_size=128"]
     outputs, results = tmp_path / "outputs", tmp_path / "results"
 
     def driver(*arguments):
@@ -189,7 +189,7 @@ def test_from_runs_to_the_table(tmp_path, run_script, capsys):
 
     driver("--sharpness", "--collect", *places)
     table = (results / "quick" / "overview.md").read_text()
-    assert "not measured" not in table and "- Sharpness: images 256, directions 3, commit " in table
+    assert "not measured" not in table and "- Sharpness: images 128, directions 3, commit " in table
 
 
 def test_what_is_no_finished_run(tmp_path):
