@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -61,36 +62,42 @@ def findings(tables: dict[str, Table], runs: pd.DataFrame, noise: pd.DataFrame |
     """
     known = Runs(tables, runs)
     schedules = tables["schedules"]
-    gain = known.gap("schedules", "SAM", "SGD")
     even = "constant p = 0.5"
     equal = [label for label in known.labels("schedules", 1.5) if label != even]
     gammas = [label for label in known.labels("gamma", 1.5) if "RST" not in label]
+    errors = _of_errors(known)
     found = [
-        _finding("SAM generalises better than SGD", f"SAM − SGD {points(gain)}", gain.n, _below(gain)),
-        *_late(known),
+        *(_finding(f.claim, f"{f.what}: {points(f.gap)}", f.gap.n, _below(f.gap)) for f in errors),
         *_flatter(known),
         _time(known),
     ]
-    at_half = [
-        *(_against_sam(known, "schedules", x) | {"At η ≈ 1.5": f"RST {x}"} for x in [even, *equal]),
-        *(_against_sam(known, "gamma", x) | {"At η ≈ 1.5": f"G-RST {x}"} for x in gammas),
-    ]
+    of_error = {f.what: f.gap for f in errors}
+    half = {("schedules", x): f"RST {x}" for x in [even, *equal]} | {
+        ("gamma", x): f"G-RST {x}" for x in gammas
+    }
+    to_half = {name: known.to_half(*row) for row, name in half.items()}
+    strict = [name for row, name in half.items() if _within_half(known, *row)]
     parts = [
         "# Findings",
         f"{schedules.setting}, n = {_n(schedules.frame)} seeds a row, all of one training set: the intervals "
         "are of initialisation, data order, augmentation and coin. Differences are of test error in "
-        "percentage points, negative is better; brackets hold 95 % t-intervals, paired by seed, not "
-        "corrected for their number. Tables: " + ", ".join(f"[{name}]({name}.md)" for name in tables) + ".",
+        "percentage points, negative is better; brackets hold 95 % t-intervals, paired by seed. Tables: "
+        + ", ".join(f"[{name}]({name}.md)" for name in tables)
+        + ".",
         pipes(found),
-        "Late, early and evenly: piecewise rising, piecewise falling and constant p. "
+        "Late, early, evenly: piecewise rising, piecewise falling, constant p. "
         + _flat_or_sharp(known, [even, *equal])
-        + " Times are of runs side by side on one machine; `make benchmark` measures them interleaved. A "
-        "verdict holds for this setting and no other.",
+        + " Times are of runs side by side (interleaved: `make benchmark`). A verdict holds for this setting "
+        "and no other.",
         "## At half of SAM's extra cost",
-        "RST is comparable with SAM, and G-RST matches or beats it: supported where the error lies below the "
-        "middle of SGD's and SAM's, by an interval that excludes 0, so that more than half of SAM's gain is "
-        "kept; not supported where it lies above.",
-        pipes(at_half),
+        "RST is comparable with SAM: the error lies below the middle of SGD's and SAM's, so that more than "
+        "half of SAM's gain is kept (not supported: above it). G-RST matches or beats SAM: that, and not "
+        "worse than SAM. All by intervals that exclude 0.",
+        pipes([_against_sam(known, *row) | {"At η ≈ 1.5": name} for row, name in half.items()]),
+        "By another rule, that the interval to SAM's error ends below half of SAM's mean gain, supported: "
+        f"{', '.join(strict) or 'none'}. Widened for their number (Bonferroni), what stands of the "
+        f"{len(of_error)} differences of error above: {_standing(of_error, 'supported')}; of these "
+        f"{len(to_half)} rows below the middle: {_standing(to_half, 'supported')}.",
         "## Choosing a schedule",
         _choosing(known, even, equal),
         "## On another task",
@@ -112,11 +119,31 @@ def _sources(tables: dict[str, Table], runs: pd.DataFrame) -> list[str]:
     return provenance(ids.merge(runs, on="id"), frame)
 
 
+class _OfError(NamedTuple):
+    """A claim that one error is below another."""
+
+    claim: str
+    what: str
+    gap: Estimate
+
+
+def _of_errors(known: Runs) -> list[_OfError]:
+    found = [_OfError("SAM generalises better than SGD", "SAM − SGD", known.gap("schedules", "SAM", "SGD"))]
+    for p in ("0.5", "0.25"):
+        for other, how in (("constant", "evenly"), ("piecewise falling", "early")):
+            gap = known.gap("schedules", f"piecewise rising p = {p}", f"{other} p = {p}")
+            claim = f"SAM steps late beat SAM steps {how}, p = {p}"
+            found.append(_OfError(claim, f"late − {how} at p = {p}", gap))
+    return found
+
+
 def _against_sam(known: Runs, table: str, label: str) -> dict[str, str]:
     to_sam, to_half = known.gap(table, label, "SAM"), known.to_half(table, label)
     verdict = _below(to_half)
     if _below(known.gap(table, "SAM", "SGD")) != "supported":
         verdict = f"{UNDECIDED}: SAM itself is not shown to gain"
+    elif table == "gamma" and _below(to_sam) == "not supported":
+        verdict = "not supported: worse than SAM"
     elif verdict != "not supported":
         own = {"supported": ": better than SAM", "not supported": ", but worse than SAM"}
         verdict += own.get(_below(to_sam), "")
@@ -129,14 +156,10 @@ def _against_sam(known: Runs, table: str, label: str) -> dict[str, str]:
     }
 
 
-def _late(known: Runs) -> list[dict[str, str]]:
-    found = []
-    for p in ("0.5", "0.25"):
-        for other, how in (("constant", "evenly"), ("piecewise falling", "early")):
-            gap = known.gap("schedules", f"piecewise rising p = {p}", f"{other} p = {p}")
-            claim = f"A budget spent late beats one spent {how}, p = {p}"
-            found.append(_finding(claim, f"late − {how} {points(gap)}", gap.n, _below(gap)))
-    return found
+def _within_half(known: Runs, table: str, label: str) -> bool:
+    """Whether the interval to SAM's error ends below half of SAM's mean gain, taken as known."""
+    to_sam, gain = known.gap(table, label, "SAM"), known.gap(table, "SAM", "SGD")
+    return gain.excludes_zero and to_sam.is_evidence and to_sam.interval[1] < -gain.mean / 2
 
 
 def _flatter(known: Runs) -> list[dict[str, str]]:
@@ -147,7 +170,7 @@ def _flatter(known: Runs) -> list[dict[str, str]]:
         if ratio is None:
             found.append(_finding(claim, "not measured", 0, NOT_RUN))
         else:
-            found.append(_finding(claim, f"ratio {_factor(ratio)}", ratio.n, _below(ratio)))
+            found.append(_finding(claim, f"ratio: {_factor(ratio)}", ratio.n, _below(ratio)))
     return found
 
 
@@ -160,7 +183,11 @@ def _flat_or_sharp(known: Runs, labels: list[str]) -> str:
         sharper = _those(ratios, "not supported")
         counted = f"{flatter} of {len(ratios)} (sharper: {sharper})" if ratios else "not measured"
         parts.append(f"by {name} {counted}")
-    return f"Schedules at η ≈ 1.5 flatter than SGD by an interval that excludes 0: {', '.join(parts)}."
+    loss = _log_ratio(known, "SAM", "loss")
+    unequal = f" SAM's training loss is {_factor(loss)} times SGD's." if loss else ""
+    return (
+        f"Schedules at η ≈ 1.5 flatter than SGD by an interval that excludes 0: {', '.join(parts)}.{unequal}"
+    )
 
 
 def _log_ratio(known: Runs, label: str, column: str) -> Estimate | None:
@@ -174,7 +201,7 @@ def _log_ratio(known: Runs, label: str, column: str) -> Estimate | None:
 
 def _time(known: Runs) -> dict[str, str]:
     """Seconds over SGD's against η: of each seed the mean logarithm over rows, and of these the interval."""
-    claim = f"Training time follows η within {100 * TIME:.0f} %"
+    claim = f"Training time follows η within {100 * TIME:.0f} % on average"
     frame = known.tables["schedules"].frame.set_index("label")
     labels = [x for x in frame.index[frame["time_relative_to_SGD"].notna()] if x != "SGD"]
     sgd = known.values("schedules", "SGD", "seconds.train")
@@ -189,7 +216,7 @@ def _time(known: Runs) -> dict[str, str]:
     rows = pd.DataFrame(excess).median()
     low, high = of_seeds.interval
     measured = (
-        f"(time / SGD's) / η {_factor(of_seeds)}; of {len(rows)} rows {math.exp(rows.min()):.2f} to "
+        f"(time / SGD's) / η: {_factor(of_seeds)}; medians of {len(rows)} rows {math.exp(rows.min()):.2f} to "
         f"{math.exp(rows.max()):.2f}"
     )
     bound = math.log(1 + TIME)
@@ -212,19 +239,22 @@ def _choosing(known: Runs, half: str, equal: list[str]) -> str:
         to_even = known.gaps("schedules", labels, even)
         to_sgd = known.gaps("schedules", labels, "SGD")
         to_simplest |= to_even
+        lowest = "" if best == even else f", difference {points(to_even[best])}"
         better = sum(_below(gap) == "supported" for gap in to_sgd.values())
         sentences.append(
             f"At η ≈ {eta} the lowest mean error of {len(labels)} schedules is that of {best}, "
-            f"{errors[best]:.2f} %; {even} has {errors[even]:.2f} %. By an interval that excludes 0, better "
-            f"than SGD: {better} of them; better than constant: {_those(to_even, 'supported')}; worse: "
-            f"{_those(to_even, 'not supported')}."
+            f"{errors[best]:.2f} % ({even}: {errors[even]:.2f} %{lowest}). By an interval that excludes 0, "
+            f"better than SGD: {better} of them; better than constant: {_those(to_even, 'supported')}; "
+            f"worse: {_those(to_even, 'not supported')}."
         )
     rising = [x for x in [*others[quarter], *equal] if " rising " in x]
-    later = [_below(known.gap("schedules", x, x.replace("rising", "falling"))) for x in rising]
+    later = {x: known.gap("schedules", x, x.replace("rising", "falling")) for x in rising}
+    verdicts = [_below(gap) for gap in later.values()]
     sentences.append(
         f"Of {len(later)} pairs of one schedule rising and falling, rising is better in "
-        f"{later.count('supported')}, worse in {later.count('not supported')} and undecided in "
-        f"{later.count(UNDECIDED)}."
+        f"{verdicts.count('supported')}, worse in {verdicts.count('not supported')} and undecided in "
+        f"{verdicts.count(UNDECIDED)}; widened for {len(later)} comparisons, better in "
+        f"{_standing(later, 'supported')}."
     )
     gammas = known.labels("gamma", 1.5)
     (plain,) = [x for x in gammas if "RST" in x]
@@ -234,12 +264,9 @@ def _choosing(known: Runs, half: str, equal: list[str]) -> str:
         f"At constant p = 0.5, better than γ = 1: {_those(to_plain, 'supported')}; worse: "
         f"{_those(to_plain, 'not supported')}."
     )
-    m = len(to_simplest)
-    wide = {label: _widened(gap, m) for label, gap in to_simplest.items()}
     sentences.append(
-        f"What stands of this when the intervals are widened for the {m} comparisons with constant p and "
-        f"γ = 1 (Bonferroni): to be preferred to it: {_those(wide, 'supported')}; to be avoided: "
-        f"{_those(wide, 'not supported')}."
+        f"Widened for the {len(to_simplest)} comparisons with constant p and γ = 1: to be preferred to it: "
+        f"{_standing(to_simplest, 'supported')}; to be avoided: {_standing(to_simplest, 'not supported')}."
     )
     return " ".join(sentences)
 
@@ -247,20 +274,20 @@ def _choosing(known: Runs, half: str, equal: list[str]) -> str:
 def _on_noise(noise: pd.DataFrame) -> str:
     """Of each row at which share of random labels it is better or worse than SGD, and than SAM."""
     shares = noise["setting"].str.extract(r"label_noise=([\d.]+)")[0].astype(float)
-    others = [label for label in dict.fromkeys(noise["label"]) if label not in ("SGD", "SAM")]
-    pairs = [("SAM", "SGD"), *((label, other) for label in others for other in ("SGD", "SAM"))]
+    labels = list(dict.fromkeys(noise["label"]))
+    pairs = [(x, other) for other in ("SGD", "SAM") for x in labels if x not in ("SGD", other)]
     words = {"supported": "better", "not supported": "worse", UNDECIDED: "undecided"}
-    sentences = []
+    alike: dict[str, list[str]] = {}  # labels by what is said of them
     for label, other in pairs:
         where: dict[str, list[str]] = {verdict: [] for verdict in words}
         for line in noise[noise["label"] == label].assign(share=shares).to_dict("records"):
             where[_below(estimate_of(line, f"difference_to_{other}"))].append(f"{100 * line['share']:.0f}")
         parts = [f"{words[verdict]} at {', '.join(found)} %" for verdict, found in where.items() if found]
-        sentences.append(f"{label} − {other}: {'; '.join(parts)}.")
+        alike.setdefault(f"− {other}: {'; '.join(parts)}.", []).append(label)
     return (
         "Handwritten digits of which a share of the training labels is random "
         f"([label_noise](../quick/label_noise.md), n = {_n(noise)} seeds), by intervals that exclude 0: "
-        + " ".join(sentences)
+        + " ".join(f"{', '.join(labels)} {said}" for said, labels in alike.items())
     )
 
 
@@ -268,6 +295,11 @@ def _those(gaps: dict[str, Estimate], verdict: str) -> str:
     """The labels of those that are below 0, or above it."""
     labels = [label for label, gap in gaps.items() if _below(gap) == verdict]
     return ", ".join(label.replace(", ", " with ") for label in labels) or "none"
+
+
+def _standing(gaps: dict[str, Estimate], verdict: str) -> str:
+    """Those of which that can be said of all together."""
+    return _those({label: _widened(gap, len(gaps)) for label, gap in gaps.items()}, verdict)
 
 
 def _widened(gap: Estimate, m: int) -> Estimate:
