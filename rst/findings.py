@@ -93,7 +93,7 @@ def findings(tables: dict[str, Table], runs: pd.DataFrame, noise: pd.DataFrame |
         "RST is comparable with SAM: the error lies below the middle of SGD's and SAM's, so that more than "
         "half of SAM's gain is kept (not supported: above it). G-RST matches or beats SAM: that, and not "
         "worse than SAM. All by intervals that exclude 0.",
-        pipes([_against_sam(known, *row) | {"At η ≈ 1.5": name} for row, name in half.items()]),
+        pipes([{"At η ≈ 1.5": name} | _against_sam(known, *row) for row, name in half.items()]),
         "By another rule, that the interval to SAM's error ends below half of SAM's mean gain, supported: "
         f"{', '.join(strict) or 'none'}. Widened for their number (Bonferroni), what stands of the "
         f"{len(of_error)} differences of error above: {_standing(of_error, 'supported')}; of these "
@@ -148,7 +148,6 @@ def _against_sam(known: Runs, table: str, label: str) -> dict[str, str]:
         own = {"supported": ": better than SAM", "not supported": ", but worse than SAM"}
         verdict += own.get(_below(to_sam), "")
     return {
-        "At η ≈ 1.5": label,
         "Error − SAM's": points(to_sam),
         "Error − the middle": points(to_half),
         "n": str(to_half.n),
