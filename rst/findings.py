@@ -72,11 +72,10 @@ def findings(tables: dict[str, Table], runs: pd.DataFrame, noise: pd.DataFrame |
         _time(known),
     ]
     of_error = {f.what: f.gap for f in errors}
-    half = {("schedules", x): f"RST {x}" for x in [even, *equal]} | {
-        ("gamma", x): f"G-RST {x}" for x in gammas
-    }
-    to_half = {name: known.to_half(*row) for row, name in half.items()}
-    strict = [name for row, name in half.items() if _within_half(known, *row)]
+    rows = {f"RST {label}": ("schedules", label) for label in [even, *equal]}
+    rows |= {f"G-RST {label}": ("gamma", label) for label in gammas}
+    to_half = {name: known.to_half(*row) for name, row in rows.items()}
+    strict = [name for name, row in rows.items() if _within_half(known, *row)]
     parts = [
         "# Findings",
         f"{schedules.setting}, n = {_n(schedules.frame)} seeds a row, all of one training set: the intervals "
@@ -93,7 +92,7 @@ def findings(tables: dict[str, Table], runs: pd.DataFrame, noise: pd.DataFrame |
         "RST is comparable with SAM: the error lies below the middle of SGD's and SAM's, so that more than "
         "half of SAM's gain is kept (not supported: above it). G-RST matches or beats SAM: that, and not "
         "worse than SAM. All by intervals that exclude 0.",
-        pipes([{"At η ≈ 1.5": name} | _against_sam(known, *row) for row, name in half.items()]),
+        pipes([{"At η ≈ 1.5": name} | _against_sam(known, *row) for name, row in rows.items()]),
         "By another rule, that the interval to SAM's error ends below half of SAM's mean gain, supported: "
         f"{', '.join(strict) or 'none'}. Widened for their number (Bonferroni), what stands of the "
         f"{len(of_error)} differences of error above: {_standing(of_error, 'supported')}; of these "
@@ -286,7 +285,7 @@ def _on_noise(noise: pd.DataFrame) -> str:
     return (
         "Handwritten digits of which a share of the training labels is random "
         f"([label_noise](../quick/label_noise.md), n = {_n(noise)} seeds), by intervals that exclude 0: "
-        + " ".join(f"{', '.join(labels)} {said}" for said, labels in alike.items())
+        + " ".join(f"{', '.join(same)} {said}" for said, same in alike.items())
     )
 
 

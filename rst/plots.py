@@ -207,8 +207,8 @@ def sharpness_figure(table: Table, sharpness: pd.DataFrame, stem: Path) -> Figur
     with style.context(STYLE):
         figure, panels = _panels(table, sharpness, height=4.8)
         grids = [panel.subplots(1, 2) for panel, _ in panels]
-        for points, lines in grids[1:]:
-            for axes, first in ((points, grids[0][0]), (lines, grids[0][1])):
+        for grid in grids[1:]:
+            for axes, first in zip(grid, grids[0], strict=True):
                 axes.sharex(first)
                 axes.sharey(first)
         for (panel, rows), (points, lines) in zip(panels, grids, strict=True):

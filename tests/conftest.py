@@ -32,8 +32,9 @@ def run_script(monkeypatch):
 
     def run(path, *arguments):
         monkeypatch.setattr(sys, "argv", [path, *map(str, arguments)])
-        monkeypatch.setattr(sys, "path", [str((ROOT / path).parent), *sys.path])  # a script may add to it,
-        monkeypatch.chdir(ROOT)  # and moves here
+        # Put back afterwards, as scripts add to the path and move to the root.
+        monkeypatch.setattr(sys, "path", [str((ROOT / path).parent), *sys.path])
+        monkeypatch.chdir(ROOT)
         monkeypatch.setenv("OMP_NUM_THREADS", "1")
         monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
         GlobalHydra.instance().clear()

@@ -102,8 +102,12 @@ def test_section(name, tmp_path):
 
 def with_a_worker():
     batches = iter(DataLoader(range(8), num_workers=1))
-    next(batches)
-    return lambda: (next(batches), [child.pid for child in multiprocessing.active_children()])[1]
+
+    def workers():
+        next(batches)
+        return [child.pid for child in multiprocessing.active_children()]
+
+    return workers
 
 
 @pytest.mark.slow

@@ -114,6 +114,7 @@ def test_choosing():
     assert at_half.startswith("lowest mean error of 9 schedules is that of piecewise rising p = 0.5, 29.50 %")
     worse = "linear rising p = 0.5, trigonometric rising p = 0.5, piecewise falling p = 0.5"
     assert f"better than constant: piecewise rising p = 0.5; worse: {worse}." in at_half
+    assert "better than SGD: 7 of them; " in at_quarter and "better than SGD: 9 of them; " in at_half
     # By its own little noise γ = 0.5 is better by an interval that excludes 0; not among 18 comparisons.
     worse_gammas = "p = 0.5 with γ = 1.5, p = 0.5 with γ = 3.0"
     assert f"better than γ = 1: p = 0.5 with γ = 0.5, p = 0.5 with γ = 2.0; worse: {worse_gammas}." in text

@@ -360,6 +360,12 @@ def test_bad_input_is_one_line_and_runs_nothing(tmp_path, arguments, message, ru
     assert not list(tmp_path.glob("outputs/digits*"))
 
 
+def test_an_error_is_one_line_of_a_process_too(tmp_path):
+    done = reproduce(tmp_path, "epoch=3")
+    assert done.returncode == 1
+    assert done.stderr == "error: unknown setting 'epoch'; closest is epochs\n"
+
+
 def test_what_cannot_change_a_result_does_not_move_the_tables(tmp_path, run_script):
     """Overrides that shorten a table keep it from the place of the whole one; a device, say, does not."""
     run_script(*script(tmp_path, "--collect", "device=cpu", "--results", tmp_path / "given"))
