@@ -13,7 +13,7 @@ BIN := .venv/bin
 
 WHICH = --protocol $(PROTOCOL) --table $(TABLE)
 
-.PHONY: data reproduce-tables tables plan readme test test-slow crash-test benchmark benchmark-accuracy lint format clean
+.PHONY: data reproduce-tables tables plan readme test test-slow test-all crash-test benchmark benchmark-accuracy lint format clean
 
 reproduce-tables: .venv/stamp
 	$(BIN)/python scripts/reproduce.py $(WHICH) $(if $(REUSE),--reuse) $(if $(SHARPNESS),--sharpness) --launcher $(LAUNCHER) $(if $(JOBS),--jobs $(JOBS)) $(ARGS)
@@ -38,6 +38,10 @@ test: .venv/stamp
 # What kills drivers, starts two of them, or goes through a cluster's launcher.
 test-slow: .venv/stamp
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
+
+# Both together: less than one after the other, as what they share is made once.
+test-all: .venv/stamp
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 # Kills 78 small runs at 20 random points each: 40 minutes on one core.
 crash-test: .venv/stamp

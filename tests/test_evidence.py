@@ -2,14 +2,13 @@
 
 import re
 import shutil
-import sys
 import warnings
 from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, command
+from conftest import ROOT
 
 from rst.record import provenance
 from rst.tables import read_runs
@@ -29,7 +28,7 @@ TOLERANCE = 0.03  # of test accuracy on another machine: a few times its spread 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("protocol", RECORDED)
-def test_tables_and_figures_follow_from_the_records(protocol, tmp_path):
+def test_tables_and_figures_follow_from_the_records(protocol, tmp_path, run_script):
     """What `make reproduce-tables REUSE=1` writes on a fresh clone, where no run's folder is."""
     results = tmp_path / "results"
     shutil.copytree(RESULTS, results)
@@ -38,8 +37,7 @@ def test_tables_and_figures_follow_from_the_records(protocol, tmp_path):
             path.unlink()
     where = ["--results", results, "--outputs", tmp_path / "outputs", "--reuse", "--collect"]
     tables = ["--protocol", protocol, "--table", ",".join(TABLES[protocol])]
-    done = command(sys.executable, "scripts/reproduce.py", *tables, *where)
-    assert done.returncode == 0, done.stderr
+    run_script("scripts/reproduce.py", *tables, *where)
     written, committed = (
         {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*.*")}
         for folder in (results, RESULTS)
@@ -67,7 +65,7 @@ def test_the_propagation_count_is_the_coins(protocol):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("protocol", RECORDED)
-def test_a_recorded_run_repeats(protocol, tmp_path):
+def test_a_recorded_run_repeats(protocol, tmp_path, run_script, capsys):
     """A run by its recorded command: to the last digit where PyTorch and the CPU are those that made the
     record. G-RST's under quick; SGD's under cpu, where it takes minutes."""
     runs = read_runs(RESULTS / protocol / "runs.csv")
@@ -80,11 +78,9 @@ def test_a_recorded_run_repeats(protocol, tmp_path):
         archive = ROOT.parent / "shared" / "data" / "cifar10-jpeg.tar.gz"
         if not (ROOT / "data" / "cifar10").is_dir() and not archive.is_file():
             pytest.skip(f"needs CIFAR-10 as JPEG files, in data/cifar10 or {archive}")
-        unpacked = command(sys.executable, "scripts/data.py")
-        assert unpacked.returncode == 0, unpacked.stderr
-    done = command(sys.executable, *words[1:], f"outputs={tmp_path}")
-    assert done.returncode == 0, done.stderr
-    accuracy = float(re.search(r"test accuracy ([\d.]+)%", done.stdout)[1]) / 100
+        run_script("scripts/data.py")
+    run_script(*words[1:], f"outputs={tmp_path}")
+    accuracy = float(re.search(r"test accuracy ([\d.]+)%", capsys.readouterr().out)[1]) / 100
     made_with = provenance(torch.device("cpu"))
     same = made_with["versions"]["torch"], made_with["device_name"]
     if same == (one["versions.torch"], one["device_name"]):

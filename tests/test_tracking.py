@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import train_command
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from PIL import Image
@@ -149,14 +148,17 @@ def test_wandb_runs_of_one_process_do_not_merge(tmp_path: Path) -> None:
     assert (a["run"][0]["run_group"], b["run"][0]["run_group"]) == ("quick", "mine")
 
 
-def test_jobs_of_a_sweep_are_runs_of_their_own_and_a_failed_one_is_marked(tmp_path: Path) -> None:
+def test_jobs_of_a_sweep_are_runs_of_their_own_and_a_failed_one_is_marked(
+    tmp_path: Path, run_train: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """In one process, the diverging job first: nothing of it may reach the other's run."""
     command = ["-m", "protocol=quick", "epochs=2", "method=sgd", "clip_norm=null", "seed=0"]
     lrs, table = "optimizer.lr=1e30,0.1", "tracker.run_group=a-table"
-    environment = {"HOME": str(tmp_path), "WANDB_MODE": "offline", "WANDB_RUN_ID": "same"}
-    outputs = f"outputs={tmp_path / 'out'}"
-    done = train_command(*command, lrs, "tracker=wandb", table, outputs, env=environment)
-    assert "error in" in done.stdout and done.returncode == 1, done.stderr
+    for name, value in {"HOME": str(tmp_path), "WANDB_MODE": "offline", "WANDB_RUN_ID": "same"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit, match="the loss is nan at step 1"):
+        run_train(*command, lrs, "tracker=wandb", table, f"outputs={tmp_path / 'out'}")
+    assert "error in" in capsys.readouterr().out
     ends, ids = {}, set()
     for folder in (tmp_path / "out").glob("digits*"):
         records = wandb_records(folder)

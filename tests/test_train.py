@@ -108,19 +108,18 @@ def test_a_completed_run_returns_at_once_and_an_interrupted_one_resumes(
         assert torch.equal(value, states[1]["training"]["model"][key]), key
 
 
-def test_wandb_offline_holds_accuracy_and_propagations(tmp_path):
+def test_wandb_offline_holds_accuracy_and_propagations(tmp_path, run_train, monkeypatch, capsys):
     key = "0123456789abcdef" * 2 + "01234567"
-    environment = {"WANDB_MODE": "offline", "WANDB_API_KEY": key, "HOME": str(tmp_path)}
-    asked = [*SHORT, "evaluate_every=1", "tracker=wandb", "method=sam", f"outputs={tmp_path}"]
-    done = train_command(*asked, env=environment)
-    assert done.returncode == 0, done.stderr
+    for name, value in {"WANDB_MODE": "offline", "WANDB_API_KEY": key, "HOME": str(tmp_path)}.items():
+        monkeypatch.setenv(name, value)
+    run_train(*SHORT, "evaluate_every=1", "tracker=wandb", "method=sam", f"outputs={tmp_path}")
     folder = only(tmp_path.glob("digits*"))
     offline = only((folder / "wandb").glob("offline-run-*"))
     read = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(offline)]
     printed = subprocess.run(read, capture_output=True, text=True, check=True).stdout
     records = [json.loads(line) for line in printed.splitlines()]
     history = [record["history"]["item"] for record in records if record["type"] == "history"]
-    assert "epoch 2: train loss" in done.stdout
+    assert "epoch 2: train loss" in capsys.readouterr().out
     logged = [(row["epoch"], row["test_accuracy"], row["propagations"]) for row in history]
     expected = [(r["epoch"], r["test_accuracy"], r["propagations"]) for r in without_times(folder)]
     assert logged == expected and len(expected) == 2
@@ -199,14 +198,15 @@ def test_a_diverging_run_stops_and_keeps_the_last_good_checkpoint(run_train, tmp
     assert not (folder / "result.json").exists() and not (folder / "checkpoint.pt").exists()
 
 
-def test_an_error_on_the_command_line_and_in_a_sweep(tmp_path):
+def test_an_error_on_the_command_line_and_in_a_sweep(tmp_path, run_train, capsys):
     done = train_command("protocol=quick", "schedule.p=1.5", f"outputs={tmp_path}")
     assert done.returncode == 1 and done.stdout == ""
     assert done.stderr == "error: the schedule's p must be a number in [0, 1], got 1.5\n"
     # One bad job lets the other finish, and the sweep still fails.
-    done = train_command("-m", *SHORT, "schedule.p=1.5,0.5", "seed=0", f"outputs={tmp_path}")
-    assert done.returncode == 1 and "Traceback" not in done.stdout + done.stderr
-    assert "error in" in done.stdout and "schedule.p=1.5" in done.stdout
+    with pytest.raises(SystemExit, match=r"^error: the schedule's p must be"):
+        run_train("-m", *SHORT, "schedule.p=1.5,0.5", "seed=0", f"outputs={tmp_path}")
+    printed, errors = capsys.readouterr()
+    assert "Traceback" not in printed + errors and "error in" in printed and "schedule.p=1.5" in printed
     assert len(results(tmp_path)) == 1
     done = train_command("protocol=quick", "schedule.p=1.5", env={"HYDRA_FULL_ERROR": "1"})
     assert done.returncode == 1
