@@ -25,6 +25,11 @@ settings.register_profile("busy machine", deadline=None)
 settings.load_profile("busy machine")
 
 
+def pytest_collection_modifyitems(items):
+    """The slow ones first, so that none of them begins when all else has ended."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 @pytest.fixture
 def run_script(monkeypatch):
     """`run_script("scripts/plan.py", "epochs=1")` is `python scripts/plan.py epochs=1` without a new process,
