@@ -22,7 +22,9 @@ class Runs:
     """The runs of tables, by label and seed."""
 
     def __init__(self, tables: dict[str, Table], runs: pd.DataFrame) -> None:
-        self.tables, self.runs = tables, runs.set_index("id")
+        self.tables = tables
+        self.ids = {name: one.frame.set_index("label")["runs"].str.split() for name, one in tables.items()}
+        self.runs = runs.assign(error=100 * (1 - runs["test_accuracy"])).set_index("id")
 
     def labels(self, table: str, eta: float) -> list[str]:
         """Of the rows whose expected η is about this one."""
@@ -31,11 +33,10 @@ class Runs:
 
     def values(self, table: str, label: str, column: str) -> pd.Series:
         """Of each seed of a row, where it is known. The column "error" is the test error in percent."""
-        ids: str = self.tables[table].frame.set_index("label")["runs"].loc[label]
-        rows = self.runs.loc[ids.split()].set_index("seed")
-        if column == "error":
-            return 100 * (1 - rows["test_accuracy"])
-        return rows[column].dropna() if column in rows else pd.Series(dtype=float)
+        if column not in self.runs:
+            return pd.Series(dtype=float)
+        rows = self.runs.loc[self.ids[table][label], ["seed", column]]
+        return rows.set_index("seed")[column].dropna()
 
     def gap(self, table: str, label: str, other: str) -> Estimate:
         """Test error of `label` less that of `other`, paired by seed."""
