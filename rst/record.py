@@ -1,6 +1,5 @@
 """What a run is called, where its files lie, and what is written into them."""
 
-import hashlib
 import json
 import logging
 import os
@@ -8,7 +7,7 @@ import platform
 import re
 import socket
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -23,42 +22,13 @@ from omegaconf import OmegaConf
 from rst import __version__, distributed
 from rst.checkpoint import remove_temporary, write_text
 from rst.device import release_memory
+from rst.training.identity import identity
 
 log = logging.getLogger(__name__)
 
 SCHEMA = 1
 LONGEST_NAME = 200  # characters before the id; file systems allow 255 bytes
 _CLEAR_REFS = Path("/proc/self/clear_refs")
-
-# What cannot change a run's result is no part of its identity. `dataset.root` is where the data lie, not
-# what they are: image_folder's `name` says that. `rho` is what `method.rho` takes its value from.
-NOT_IDENTITY = (
-    "checkpoint",
-    "device",
-    "outputs",
-    "rho",
-    "tracker",
-    "dataset.root",
-    "dataset.download",
-    "dataset.in_memory",
-    "dataset.workers",
-)
-
-
-def identity(config: Mapping[str, Any]) -> str:
-    """Eight hex digits of the SHA-256 of what determines the result."""
-
-    def keep(node: Any, path: str = "") -> Any:
-        if isinstance(node, Mapping):
-            paths = {key: f"{path}.{key}" if path else str(key) for key in node}
-            return {key: keep(node[key], paths[key]) for key in node if paths[key] not in NOT_IDENTITY}
-        if isinstance(node, list):
-            return [keep(item, path) for item in node]
-        # `p=1` and `p=1.0` are one configuration.
-        return int(node) if isinstance(node, float) and node.is_integer() else node
-
-    text = json.dumps(keep(config), sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 class RunBusyError(OSError):

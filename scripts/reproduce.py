@@ -26,12 +26,13 @@ from rst.command_line import launch, one_line
 from rst.cost import Measurements, costs_of, schedule_of, steps_per_epoch
 from rst.device import cpu_cores
 from rst.plots import error_against_propagations, schedule_figure, sharpness_figure, training_curves
-from rst.record import NOT_IDENTITY, Run, RunBusyError
+from rst.record import Run, RunBusyError
 from rst.rendering import to_markdown, write_report
 from rst.results import Records, collect, index, recorded_in
 from rst.sweeps import Cell, TableRuns, composed, gather, place, table_names, table_parser
 from rst.tables import Row, Table, build_table
 from rst.tracking import log_table
+from rst.training.identity import NOT_IDENTITY
 
 ROOT = Path(__file__).resolve().parent.parent
 CONF = ROOT / "conf"

@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import ROOT, command
 
-from rst.record import Run, RunBusyError, identity, provenance, summarize
+from rst.record import Run, RunBusyError, provenance, summarize
 
 CONFIG = {
     "seed": 0,
@@ -41,46 +41,6 @@ def changed(path, value):
         node = node[parent]
     node[key] = value
     return config
-
-
-@pytest.mark.parametrize(
-    ("path", "value"),
-    [
-        ("device", "cuda"),
-        ("outputs", "/elsewhere"),
-        ("tracker", {"_target_": "rst.tracking.Wandb", "project": "p"}),
-        ("dataset.root", "/scratch"),
-        ("dataset.download", False),
-        ("schedule.p", 1.0),
-    ],
-)
-def test_what_cannot_change_the_result_is_no_part_of_the_identity(path, value):
-    assert identity(changed(path, value)) == identity(CONFIG)
-
-
-@pytest.mark.parametrize(
-    ("path", "value"),
-    [
-        ("seed", 1),
-        ("schedule.p", 0.5),
-        ("schedule.rising", False),
-        ("schedule.rising", 1),
-        ("dataset.train_size", 100),
-        ("model.width", 32),
-        ("milestones", [0.5]),
-    ],
-)
-def test_what_changes_the_result_is(path, value):
-    assert identity(changed(path, value)) != identity(CONFIG)
-
-
-def test_the_identity_does_not_depend_on_the_order_of_keys():
-    assert identity(dict(reversed(CONFIG.items()))) == identity(CONFIG)
-
-
-def test_identities_are_stable():
-    # Committed results are found by it: it must never change.
-    assert identity({"seed": 0, "schedule": {"p": 0.5}, "device": "cpu"}) == "641eacfd"
 
 
 def test_a_name_is_one_safe_folder(tmp_path):

@@ -1,0 +1,64 @@
+"""What makes a run the run that it is: a hash of the settings that determine its result."""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+# Settings that cannot change a result; of a group, all that it holds. `dataset.root` is where the data lie, not
+# what they are, which image_folder's `name` says. `rho` is where `method.rho` takes its value from.
+NOT_IDENTITY = (
+    "checkpoint",
+    "device",
+    "outputs",
+    "rho",
+    "tracker",
+    "dataset.root",
+    "dataset.download",
+    "dataset.in_memory",
+    "dataset.workers",
+)
+# Options that came after the first recorded runs, each with the value that leaves a run as it was without the
+# option. At that value an option is no part of the identity, so that recorded runs keep theirs.
+NEUTRAL: dict[str, Any] = {}
+
+
+def identity(config: Mapping[str, Any]) -> str:
+    """Eight hex digits of the SHA-256 of the settings that determine the result.
+
+    It survives refactoring: this package's classes and functions count by their name, not by the module they
+    are in. A setting that is renamed, or an option whose default changes results, makes another run.
+    """
+    kept = {path: value for path, value in _flat(config) if not _is_left_out(path, value)}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def _flat(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted path, value) of each setting."""
+    for key, value in node.items():
+        path = f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{path}.")
+        elif key == "_target_":
+            yield path, _without_module(value)
+        elif not key.startswith("_"):  # how Hydra calls the target
+            yield path, _canonical(value)
+
+
+def _is_left_out(path: str, value: Any) -> bool:
+    if any(f"{path}.".startswith(f"{name}.") for name in NOT_IDENTITY):
+        return True
+    return path in NEUTRAL and value == NEUTRAL[path]
+
+
+def _without_module(target: str) -> str:
+    """`rst.schedule.Linear.with_mean` → `Linear.with_mean`. Other packages' targets stay as they are."""
+    return re.sub(r"^rst\.([a-z_]\w*\.)*", "", target)
+
+
+def _canonical(value: Any) -> Any:
+    """`p=1` and `p=1.0` are one setting."""
+    if isinstance(value, list):
+        return [_canonical(item) for item in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
