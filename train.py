@@ -1,6 +1,6 @@
 """Train one model: `python train.py method=rst schedule=linear model=wrn28_10`, or a sweep with `-m`.
 
-What a run does, from its configuration to its result, is in `rst/run.py`.
+What a run does, from its configuration to its result, is in `rst/training/fit.py`.
 """
 
 import logging
@@ -13,7 +13,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from rst.command_line import describe, launch, task
+from rst.experiments.command_line import describe, launch, task
 
 log = logging.getLogger("train")
 ROOT = Path(__file__).resolve().parent
@@ -23,8 +23,8 @@ ROOT = Path(__file__).resolve().parent
 @task
 def main(cfg: DictConfig) -> None:
     # Here, as importing PyTorch and timm takes seconds, and --help needs neither.
-    from rst import distributed
-    from rst.device import cpu_threads, lease
+    from rst.training import distributed
+    from rst.training.device import cpu_threads, lease
 
     hydra_cfg = HydraConfig.get()
     run = describe(cfg, hydra_cfg)
@@ -32,7 +32,7 @@ def main(cfg: DictConfig) -> None:
     if result is not None:
         log.info("%s is complete, nothing to run", run.folder)
     else:
-        from rst.run import train
+        from rst.training.fit import train
 
         sweep = hydra_cfg.mode is RunMode.MULTIRUN
         with (
@@ -57,7 +57,7 @@ def in_words(name: str, result: dict[str, Any]) -> str:
 
 if __name__ == "__main__":
     if "--list" in sys.argv[1:]:
-        from rst.listing import listing
+        from rst.experiments.listing import listing
 
         print(listing(ROOT / "conf"))
         sys.exit()

@@ -19,6 +19,8 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
+from joblib import cpu_count
+
 os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else the profiler writes lines of its own to stderr
 
 import benchmark_suite as suite
@@ -27,10 +29,10 @@ import torch
 from tabulate import tabulate
 
 from rst.benchmark import Figure, Settings
-from rst.checkpoint import write_text
-from rst.command_line import launch
-from rst.device import cpu_cores, cpu_threads
-from rst.record import provenance
+from rst.experiments.command_line import launch
+from rst.files import write_text
+from rst.training.device import cpu_threads
+from rst.training.run import provenance
 
 ROOT = Path(__file__).resolve().parent.parent
 SECTIONS = {
@@ -77,13 +79,13 @@ def section_table(figures: Sequence[Figure]) -> str:
 
 
 def to_markdown(figures: Sequence[Figure], made_with: dict[str, Any], command: str) -> str:
-    """`made_with`: see `rst.record.provenance`."""
+    """`made_with`: see `rst.training.run.provenance`."""
     dirty = ", uncommitted changes" * bool(made_with["dirty"])
     missed = sum(one.reached == "no" for one in figures)
     n_targets = sum(bool(one.target) for one in figures)
     parts = [
         f"# Benchmark on {made_with['host']}",
-        f"{made_with['device_name']}, {cpu_cores()} of them for this process. Python "
+        f"{made_with['device_name']}, {cpu_count()} of them for this process. Python "
         f"{made_with['versions']['python']}, PyTorch {made_with['versions']['torch']} with "
         f"{made_with['threads']} thread(s) where a section does not say otherwise. Commit "
         f"{made_with['commit']}{dirty}. {datetime.now(UTC):%Y-%m-%d} (UTC). `{command}`",

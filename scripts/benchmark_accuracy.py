@@ -18,19 +18,19 @@ import torch.nn.functional as F
 from benchmark_peers import UsualImages, usual_batches
 from hydra import initialize_config_dir
 from hydra.utils import instantiate
-from joblib import Parallel, delayed
+from joblib import Parallel, cpu_count, delayed
 from scipy import stats
 
-from rst.checkpoint import write_text
-from rst.command_line import launch
 from rst.data import Augment, steps_per_epoch
-from rst.device import cpu_cores, cpu_threads
 from rst.draws import draw
-from rst.lr_schedule import cosine
-from rst.record import Run, provenance
-from rst.rendering import pipes
-from rst.run import new_model
-from rst.sweeps import cells_of
+from rst.experiments.command_line import launch
+from rst.experiments.sweeps import cells_of
+from rst.files import write_text
+from rst.reporting.pages import pipes
+from rst.training.device import cpu_threads
+from rst.training.fit import new_model
+from rst.training.lr_schedule import cosine
+from rst.training.run import Run, provenance
 
 ROOT = Path(__file__).resolve().parent.parent
 CONF = ROOT / "conf"
@@ -127,7 +127,7 @@ def main() -> None:
             tasks.append(delayed(ours)(cell.run, cell.overrides))
             labels.append((f"train.py, {precision}", cell.seed))
     accuracies = pd.DataFrame(labels, columns=["recipe", "seed"])
-    accuracies["test_accuracy"] = Parallel(n_jobs=cpu_cores())(tasks)
+    accuracies["test_accuracy"] = Parallel(n_jobs=cpu_count())(tasks)
 
     config = cells["fp32"][0].run.config
     setting = (

@@ -23,15 +23,16 @@ from benchmark_peers import UsualImages, usual_batches
 from benchmark_update import HALF, L2, network, random_data, sgd, training
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
+from joblib import cpu_count
 
-import rst.command_line  # noqa: F401  registers the resolver that conf/train.yaml uses
+import rst.experiments.command_line  # noqa: F401  registers the resolver that conf/train.yaml uses
 from rst import Constant
 from rst.benchmark import Action, Figure, Round, Settings, figure, interleaved, per_step, ratio_of, slope
-from rst.cost import Measurements, costs_of
 from rst.data import Augment, train_batches
-from rst.device import cpu_cores, cpu_threads, keep_memory
-from rst.sweeps import cells_of
-from rst.tables import Row, build_table, read_runs, runs_frame, write_runs
+from rst.experiments.cost import Measurements, costs_of
+from rst.experiments.sweeps import cells_of
+from rst.reporting.tables import Row, build_table, read_runs, runs_frame, write_runs
+from rst.training.device import cpu_threads, keep_memory
 
 ROOT = Path(__file__).resolve().parent.parent
 CONF, RUNS = ROOT / "conf", ROOT / "results" / "quick" / "runs.csv"
@@ -91,7 +92,7 @@ def end_to_end(settings: Settings) -> Iterator[Figure]:
         makers["bf16, compile=true"] = partial(_ours, *case, "bf16", True)
     ours = list(makers)
     makers["plain recipe"] = partial(_plain, *case, rounds, 0)
-    if cpu_cores() > 1:
+    if cpu_count() > 1:
         makers["plain recipe, 1 worker"] = partial(_plain, *case, rounds, 1)
     waiting: dict[str, list[Round]] = {what: [] for what in ours}
 
@@ -168,7 +169,7 @@ def sweep(settings: Settings) -> Iterator[Figure]:
     """Steps a second of k processes with a thread each against one process with k threads, k being the
     number of cores. What else runs on the machine counts here: threads wait for each other at every
     operation, processes do not."""
-    k = 1 if settings.quick else cpu_cores()
+    k = 1 if settings.quick else cpu_count()
     cases = {"resnet8": "resnet8, 8×8, batch 64", "resnet20": "resnet20, batch 128"}
     for case in ("resnet8",) if settings.quick else cases:
         with ExitStack() as stack:
@@ -207,7 +208,9 @@ def _server(make: Callable[[], Callable[[], Any]], threads: int) -> Iterator[Con
     """A process that makes an action, acts once and says that it is ready; then it acts each time that it is
     sent True, and sends back what the action returned. It ends in order, and with it its loader's workers."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["rst.engine", "rst.models", "rst.tables", "pytorch_optimizer"])
+    context.set_forkserver_preload(
+        ["rst.training.loop", "rst.models", "rst.reporting.tables", "pytorch_optimizer"]
+    )
     ours, theirs = context.Pipe()
     process = context.Process(target=_serve, args=(theirs, make, threads))  # no daemon: it may have a worker
     process.start()

@@ -10,17 +10,18 @@ import pytorch_optimizer
 import torch
 import torch.nn.functional as F
 from benchmark_peers import MEAN, STD, UsualSAM
+from joblib import cpu_count
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from rst import RST, Constant, Periodic
 from rst.benchmark import Action, Figure, Round, Settings, figure, interleaved, per_step, ratio_of, slope
 from rst.data import Augment, ImageData
-from rst.device import cpu_cores, cpu_threads
-from rst.engine import Training
 from rst.models import create
 from rst.optim import _swap
 from rst.schedule import Schedule
+from rst.training.device import cpu_threads
+from rst.training.loop import Training
 
 RHO, L2 = 0.05, 5e-4
 TOTAL_STEPS = 10**9  # of a run that is never over
@@ -127,7 +128,7 @@ def steps(settings: Settings) -> Iterator[Figure]:
     """Time of a step against SGD's, and against its limit: η·(SGD's propagation) + SGD's update.
 
     SGD against its own limit is the control: 1 but for the error of measurement. "(engine)" is the whole
-    step of `rst.engine`, with batch, L2, clipping and checks. Its limit is the engine's own SGD step +
+    step of `rst.training.loop`, with batch, L2, clipping and checks. Its limit is the engine's own SGD step +
     (η − 1)·(bare propagation).
     """
     cases = [("resnet20", 128, 2), ("cifar_resnet18", 32, 1), ("wrn16_4", 32, 1)]
@@ -186,7 +187,7 @@ def perturbation(settings: Settings) -> Iterator[Figure]:
     """Perturbing and restoring alone, on random gradients, against what others take for it, on one thread and
     on all cores. "As usually written" is github.com/davda54/sam; targets are for the peers as they come."""
     for name in ("resnet8",) if settings.quick else ("cifar_resnet18", "wrn28_10"):
-        for threads in dict.fromkeys((1, cpu_cores())):
+        for threads in dict.fromkeys((1, cpu_count())):
             with cpu_threads(threads):
                 measured = interleaved(between_passes(Problem(name, 1)), settings.rounds, warmup=2)
             model = f"{name}, {threads} thread{'s' * (threads > 1)}"

@@ -1,7 +1,7 @@
-"""Prove that a change leaves results as they were: python scripts/bit_for_bit.py COMMIT
+"""Prove that a change leaves results as they were: python scripts/bit_for_bit.py COMMIT [COMMIT]
 
-Does the same short runs with the code of COMMIT and with the code as it is, and compares their final weights
-and metrics bit for bit. Takes minutes; exits with 1 where any differ.
+Does the same short runs with the code of two commits, and compares their final weights and metrics bit for
+bit. Takes minutes; exits with 1 where any differ.
 """
 
 import argparse
@@ -13,7 +13,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +36,7 @@ ON_DIGITS = {
     "rst-linear-cutout-bf16": f"method=rst schedule=linear precision=bf16 {CUTOUT}",
     "rst-piecewise-step": "method=rst schedule=piecewise lr_schedule=step grad_accumulation=2",
     "grst-adamw-warmup": "method=grst optimizer=adamw l2=0 warmup_epochs=1 schedule=trigonometric",
-    "grst-mixup-cutout-fp16": "method=grst augment=mixup_cutout augment.cutout=3 augment.per_batch=true precision=fp16",
+    "grst-fp16-mixup-cutout": "method=grst precision=fp16 augment=mixup_cutout augment.cutout=3",
     "rst-interrupted": "method=rst epochs=4 checkpoint.every_steps=10",
     "grst-two-ranks": "method=grst method.gamma=2",
     "rst-two-ranks-synchronised": "method=rst method.sync_perturbation=true schedule=periodic",
@@ -90,35 +92,44 @@ def draw_images(folder: Path) -> None:
                 Image.fromarray(pixels).save(folder / split / name / f"{i:02}.png")
 
 
+@contextmanager
+def checked_out(commit: str, folder: Path) -> Iterator[Path]:
+    subprocess.run(["git", "-C", ROOT, "worktree", "add", "--quiet", "--detach", folder, commit], check=True)
+    try:
+        yield folder
+    finally:
+        subprocess.run(["git", "-C", ROOT, "worktree", "remove", "--force", folder], check=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("commit", help="to compare with")
-    commit = parser.parse_args().commit
-    with tempfile.TemporaryDirectory() as temporary, ThreadPoolExecutor(os.cpu_count()) as pool:
-        folder = Path(temporary)
-        draw_images(folder / "images")
-        before = folder / "code"
-        subprocess.run(
-            ["git", "-C", ROOT, "worktree", "add", "--quiet", "--detach", before, commit], check=True
-        )
+    parser.add_argument("before", metavar="COMMIT")
+    parser.add_argument("after", metavar="COMMIT", nargs="?", default="HEAD", help="HEAD when not given")
+    arguments = parser.parse_args()
+    with (
+        tempfile.TemporaryDirectory() as temporary,
+        checked_out(arguments.before, Path(temporary, "before")) as before,
+        checked_out(arguments.after, Path(temporary, "after")) as after,
+        ThreadPoolExecutor(os.cpu_count()) as pool,
+    ):
+        images = Path(temporary, "images")
+        draw_images(images)
         runs = {name: f"{DIGITS} {given}" for name, given in ON_DIGITS.items()}
-        runs |= {name: f"{given} dataset.root={folder}/images" for name, given in ON_FILES.items()}
-        outputs = {before: folder / "before", ROOT: folder / "now"}
+        runs |= {name: f"{given} dataset.root={images}" for name, given in ON_FILES.items()}
+        pending = {
+            (name, code): pool.submit(fingerprint, code, name, given, code / "outputs")
+            for name, given in runs.items()
+            for code in (before, after)
+        }
+        different = 0
         try:
-            pending = {
-                (name, code): pool.submit(fingerprint, code, name, given, outputs[code])
-                for name, given in runs.items()
-                for code in outputs
-            }
-            different = 0
             for name in runs:
-                was, is_now = (pending[name, code].result() for code in outputs)
+                was, is_now = (pending[name, code].result() for code in (before, after))
                 different += was != is_now
                 print(f"{name}: {'the same' if was == is_now else 'DIFFERENT'} ({is_now[:16]})", flush=True)
         finally:
             pool.shutdown(cancel_futures=True)
-            subprocess.run(["git", "-C", ROOT, "worktree", "remove", "--force", before], check=True)
-    print(f"{len(runs)} runs, {different} of them different from {commit}")
+    print(f"{len(runs)} runs, {different} different")
     sys.exit(1 if different else 0)
 
 

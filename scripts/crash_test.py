@@ -31,9 +31,9 @@ from typing import Any
 import torch
 from PIL import Image
 
-from rst.command_line import launch, one_line
-from rst.engine import Training
-from rst.record import provenance
+from rst.experiments.command_line import launch, one_line
+from rst.training.loop import Training
+from rst.training.run import provenance
 
 ROOT = Path(__file__).resolve().parent.parent
 # Two epochs of five steps: checkpoints fall between steps and on the ends of epochs.

@@ -8,8 +8,8 @@ import tempfile
 from collections import Counter
 from pathlib import Path
 
-from rst.command_line import launch
 from rst.data import ImageData, image_folder
+from rst.experiments.command_line import launch
 
 ROOT = Path(__file__).resolve().parent.parent
 ARCHIVE, FOLDER = ROOT.parent / "shared" / "data" / "cifar10-jpeg.tar.gz", ROOT / "data" / "cifar10"

@@ -8,9 +8,9 @@ from pathlib import Path
 from hydra import initialize_config_dir
 from tabulate import tabulate
 
-from rst.command_line import launch
-from rst.cost import Cost, Measurements, costs_of
-from rst.sweeps import Cell, gather, place, table_names, table_parser
+from rst.experiments.command_line import launch
+from rst.experiments.cost import Cost, Measurements, costs_of
+from rst.experiments.sweeps import Cell, gather, place, table_names, table_parser
 
 ROOT = Path(__file__).resolve().parent.parent
 CONF = ROOT / "conf"

@@ -3,8 +3,8 @@
 import re
 from pathlib import Path
 
-import rst.command_line  # noqa: F401  registers the resolver that conf/train.yaml uses
-from rst.listing import SIZE, model_table
+import rst.experiments.command_line  # noqa: F401  registers the resolver that conf/train.yaml uses
+from rst.experiments.listing import SIZE, model_table
 
 ROOT = Path(__file__).resolve().parent.parent
 MARKED = re.compile(r"(<!-- table:(\S+) -->\n).*?(<!-- end -->)", re.DOTALL)

@@ -18,21 +18,26 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.types import HydraContext
+from joblib import cpu_count
 from omegaconf import OmegaConf
 
-from rst import findings
-from rst.checkpoint import write_text
-from rst.command_line import launch, one_line
-from rst.cost import Measurements, costs_of, schedule_of, steps_per_epoch
-from rst.device import cpu_cores
-from rst.plots import error_against_propagations, schedule_figure, sharpness_figure, training_curves
-from rst.record import Run, RunBusyError
-from rst.rendering import to_markdown, write_report
-from rst.results import Records, collect, index, recorded_in
-from rst.sweeps import Cell, TableRuns, composed, gather, place, table_names, table_parser
-from rst.tables import Row, Table, build_table
-from rst.tracking import log_table
+from rst.experiments.command_line import launch, one_line
+from rst.experiments.cost import Measurements, costs_of, schedule_of, steps_per_epoch
+from rst.experiments.sweeps import Cell, TableRuns, composed, gather, place, table_names, table_parser
+from rst.files import write_text
+from rst.reporting import findings
+from rst.reporting.figures import (
+    error_against_propagations,
+    schedule_figure,
+    sharpness_figure,
+    training_curves,
+)
+from rst.reporting.pages import to_markdown, write_report
+from rst.reporting.records import Records, collect, index, recorded_in
+from rst.reporting.tables import Row, Table, build_table
 from rst.training.identity import NOT_IDENTITY
+from rst.training.run import Run, RunBusyError
+from rst.training.tracking import log_table
 
 ROOT = Path(__file__).resolve().parent.parent
 CONF = ROOT / "conf"
@@ -208,7 +213,7 @@ def write(table: TableRuns, report: list[Table], records: Records, folder: Path)
 def main() -> None:
     parser = table_parser(__doc__, CONF)
     parser.add_argument("--launcher", default="joblib", help="Hydra's: joblib, basic, submitit_slurm, ray, …")
-    parser.add_argument("--jobs", type=int, default=cpu_cores(), help="processes at once, with joblib")
+    parser.add_argument("--jobs", type=int, default=cpu_count(), help="processes at once, with joblib")
     parser.add_argument("--results", help="folder of the tables: results, with overrides OUTPUTS/results")
     parser.add_argument("--sharpness", action="store_true", help="measure that of all finished runs, too")
     parser.add_argument("--collect", action="store_true", help="run nothing, write tables of what there is")
@@ -223,7 +228,7 @@ def main() -> None:
     if arguments.jobs < 1:
         parser.error(f"--jobs must be at least 1, got {arguments.jobs}")
     if arguments.launcher == "joblib":  # together its processes have a thread a core
-        os.environ["OMP_NUM_THREADS"] = str(max(1, cpu_cores() // arguments.jobs))
+        os.environ["OMP_NUM_THREADS"] = str(max(1, cpu_count() // arguments.jobs))
 
     outputs, where = Path(arguments.outputs), place(arguments.outputs)
     with initialize_config_dir(str(CONF), version_base="1.3"):

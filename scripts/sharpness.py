@@ -1,7 +1,7 @@
 """Measure how sharp the minima are in which finished runs ended: python scripts/sharpness.py outputs/RUN…
 
-Writes sharpness.json into each run's folder, which `make tables` collects (see rst/sharpness.py for what is
-measured). What a folder has is not measured again.
+Writes sharpness.json into each run's folder, which `make tables` collects (rst/reporting/sharpness.py says
+what is measured). What a folder has is not measured again.
 """
 
 import argparse
@@ -15,18 +15,19 @@ from typing import Any
 
 import torch
 from hydra.utils import instantiate
-from joblib import Parallel, delayed
+from joblib import Parallel, cpu_count, delayed
 from omegaconf import OmegaConf
 
-import rst.command_line  # noqa: F401  registers the resolver that a configuration may use
-from rst import checkpoint, sharpness
-from rst.checkpoint import write_text
-from rst.command_line import launch
+import rst.experiments.command_line  # noqa: F401  registers the resolver that a configuration may use
 from rst.data import ImageData, evaluation_batches
 from rst.data.images import SHARPNESS_SPLIT, stratified
-from rst.device import cpu_cores, cpu_threads
-from rst.record import provenance
-from rst.run import new_model
+from rst.experiments.command_line import launch
+from rst.files import write_text
+from rst.reporting import sharpness
+from rst.training import checkpoint
+from rst.training.device import cpu_threads
+from rst.training.fit import new_model
+from rst.training.run import provenance
 
 IMAGES = 500  # by default
 BATCH_SIZE = 250
@@ -94,7 +95,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a finished run")
     parser.add_argument("--images", type=int, default=IMAGES, help="at most so many training images")
-    parser.add_argument("--jobs", type=int, default=cpu_cores(), help="runs at once")
+    parser.add_argument("--jobs", type=int, default=cpu_count(), help="runs at once")
     arguments = parser.parse_args()
     if arguments.jobs < 1:
         parser.error(f"--jobs must be at least 1, got {arguments.jobs}")

@@ -10,8 +10,8 @@ import pytest
 import torch
 from conftest import ROOT
 
-from rst.record import provenance
-from rst.tables import read_runs
+from rst.reporting.tables import read_runs
+from rst.training.run import provenance
 
 RESULTS = ROOT / "results"
 RECORDED = sorted(path.parent.name for path in RESULTS.glob("*/runs.csv"))

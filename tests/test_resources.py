@@ -21,10 +21,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from rst import checkpoint
+from rst import files
 from rst.data import evaluation_batches, image_files, image_folder
 from rst.interruption import SIGNALS
-from rst.record import LONGEST_NAME, Run
+from rst.training import checkpoint
+from rst.training.run import LONGEST_NAME, Run
 
 RUN = ["protocol=quick", "model.width=8", "checkpoint.every_epochs=1"]
 
@@ -89,7 +90,7 @@ def test_a_checkpoint_that_does_not_fit(tmp_path):
         largest_file(10_000),
         pytest.raises(OSError, match=r"^cannot write [^;]*$"),
     ):  # there is none before it
-        checkpoint.write_atomically(tmp_path / "new", lambda file: file.write(bytes(10_001)))
+        files.write_atomically(tmp_path / "new", lambda file: file.write(bytes(10_001)))
     assert list(tmp_path.iterdir()) == [path]
 
 

@@ -84,7 +84,7 @@ def test_a_completed_run_returns_at_once_and_an_interrupted_one_resumes(
     run_train(*arguments)
     assert (whole / "result.json").stat().st_mtime_ns == written
 
-    from rst.record import Run
+    from rst.training.run import Run
 
     append = Run.append
 
@@ -173,7 +173,7 @@ def test_a_result_that_cannot_be_read_is_not_complete_and_is_kept(run_train, tmp
 
 
 def test_a_run_in_progress_elsewhere_is_left_alone(run_train, tmp_path):
-    from rst.record import Run
+    from rst.training.run import Run
 
     arguments = [*SHORT, "epochs=1", f"outputs={tmp_path}"]
     run_train(*arguments)

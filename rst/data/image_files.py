@@ -12,12 +12,12 @@ from typing import IO, Any, Protocol
 
 import numpy as np
 import torch
+from joblib import cpu_count
 from PIL import Image
 from timm.data.transforms import RandomResizedCropAndInterpolation
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from rst.device import cpu_cores
 from rst.interruption import SIGNALS
 
 CPU = torch.device("cpu")
@@ -80,7 +80,7 @@ class ImageFiles:
         Raises:
             ValueError: naming a file that cannot be decoded.
         """
-        workers = min(16, cpu_cores()) if self.workers is None else self.workers
+        workers = min(16, cpu_count()) if self.workers is None else self.workers
         loader = DataLoader(
             _Items(self, crops is not None),
             batch_sampler=_Batches(batches, crops),

@@ -15,12 +15,12 @@ from typing import IO, Literal, NamedTuple
 import numpy as np
 import torch
 from filelock import FileLock
+from joblib import cpu_count
 from PIL import Image, ImageOps
 
 from rst.data import images
 from rst.data.image_files import ImageFiles
 from rst.data.images import ImageData
-from rst.device import cpu_cores
 
 log = logging.getLogger(__name__)
 
@@ -201,7 +201,7 @@ def _visit(
         visit(i, image)
         return grey
 
-    with ThreadPool(min(8, cpu_cores())) as pool:
+    with ThreadPool(min(8, cpu_count())) as pool:
         # imap, not map: it raises the first error in order, at once. Chunks, as small images are quick.
         return all(list(pool.imap(one, range(len(files)), chunksize=64)))
 

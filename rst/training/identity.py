@@ -6,8 +6,8 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-# Settings that cannot change a result; of a group, all that it holds. `dataset.root` is where the data lie, not
-# what they are, which image_folder's `name` says. `rho` is where `method.rho` takes its value from.
+# Settings that cannot change a result; of a group, all that it holds. `dataset.root` is where the data lie,
+# not what they are, which image_folder's `name` says. `rho` is where `method.rho` takes its value from.
 NOT_IDENTITY = (
     "checkpoint",
     "device",

@@ -9,8 +9,8 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-import rst.command_line
 import rst.data
+import rst.experiments.command_line
 from rst.data import Augment
 
 CONF = Path(__file__).parents[2] / "conf"

@@ -10,7 +10,7 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-import rst.command_line  # registers the resolver that conf/train.yaml uses
+import rst.experiments.command_line  # registers the resolver that conf/train.yaml uses
 import rst.models
 from rst.models import create
 

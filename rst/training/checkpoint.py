@@ -1,0 +1,155 @@
+"""Checkpoints, and when they are written."""
+
+import hashlib
+import logging
+import shutil
+import time
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+
+from rst.files import write_atomically
+
+log = logging.getLogger(__name__)
+
+SCHEMA = 1
+_DIGEST_BYTES = hashlib.sha256().digest_size
+
+
+def require_space(folder: Path, n_bytes: int) -> None:
+    """Raises OSError where the disk of `folder`, which need not exist yet, has less space than that for its
+    checkpoints, those that it holds included."""
+    existing = next(path for path in (folder, *folder.resolve().parents) if path.is_dir())
+    free = shutil.disk_usage(existing).free + sum(path.stat().st_size for path in folder.glob("*.pt"))
+    if free < n_bytes:
+        raise OSError(
+            f"not enough space in {folder}: {n_bytes / 2**20:.0f} MiB are needed for checkpoints, "
+            f"{free / 2**20:.0f} MiB are free; choose another folder with outputs=DIR"
+        )
+
+
+class Every:
+    """When a checkpoint is due: at each multiple of `every_steps` and of `every_epochs`, and `every_minutes`
+    after the last one; None is never. The end of a run is for the caller to see to.
+
+    Raises:
+        ValueError: for a number that is not above 0, or steps and epochs that are no whole number.
+    """
+
+    def __init__(
+        self, every_steps: int | None, every_epochs: int | None, every_minutes: float | None
+    ) -> None:
+        for name, value in {"every_steps": every_steps, "every_epochs": every_epochs}.items():
+            if value is not None and (type(value) is not int or value < 1):
+                raise ValueError(
+                    f"checkpoint.{name} must be a whole number of at least 1, or null, got {value!r}"
+                )
+        if every_minutes is not None and (isinstance(every_minutes, bool | str) or not every_minutes > 0):
+            raise ValueError(f"checkpoint.every_minutes must be above 0, or null, got {every_minutes!r}")
+        self.every_steps, self.every_epochs, self.every_minutes = every_steps, every_epochs, every_minutes
+        self._steps, self._time = 0, time.monotonic()
+
+    def is_due(self, steps: int, epochs: int | None) -> bool:
+        """Asked after each step and each epoch. `steps`: taken so far. `epochs`: completed so far where one
+        has just been, else None."""
+        stepped, self._steps = steps != self._steps, steps
+        due = bool(
+            (self.every_steps and stepped and steps % self.every_steps == 0)
+            or (self.every_epochs and epochs is not None and epochs % self.every_epochs == 0)
+            or (self.every_minutes and time.monotonic() - self._time >= 60 * self.every_minutes)
+        )
+        if due:
+            self._time = time.monotonic()
+        return due
+
+
+def previous(path: Path) -> Path:
+    """Where the checkpoint before the one at `path` is."""
+    return path.with_stem(f"{path.stem}-previous")
+
+
+def save(path: Path, state: dict[str, Any], run_id: str) -> None:
+    """Save a checkpoint, tensors and plain containers only, and keep the one before it.
+
+    `run_id`: of the configuration it belongs to. The file is torch.save's with its SHA-256 at the end.
+    """
+    content = {"schema": SCHEMA, "id": run_id, **state}
+
+    def write(file: IO[bytes]) -> None:
+        hashed = _Hashed(file)
+        torch.save(content, hashed)  # type: ignore[arg-type]  # it writes and flushes, no more
+        file.write(hashed.digest())  # which torch.load does not mind
+
+    write_atomically(path, write, keep=previous(path))
+
+
+class _Hashed:
+    """A file for writing that knows the SHA-256 of what was written."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file, self._hash = file, hashlib.sha256()
+
+    def write(self, data: Any) -> int:
+        self._hash.update(data)
+        return self.file.write(data)
+
+    def flush(self) -> None:
+        self.file.flush()
+
+    def digest(self) -> bytes:
+        return self._hash.digest()
+
+
+def load(path: Path, run_id: str) -> dict[str, Any] | None:
+    """The checkpoint on the CPU, or None where there is none. Executes no pickled code.
+
+    Where it is damaged, or a crash came between two renamings, the one before it, with a warning.
+
+    Raises:
+        ValueError: where neither can be read, and where it is another configuration's or of another schema.
+    """
+    reasons = []
+    for candidate in (path, previous(path)):
+        try:
+            state = _read(candidate)
+        except FileNotFoundError:
+            continue
+        except (OSError, MemoryError):  # of the machine, not of the file
+            raise
+        except Exception as error:  # whatever the readers of zip files and pickles trip over
+            reasons.append(f"{candidate} is damaged ({str(error).split('. ')[0] or type(error).__name__})")
+            continue
+        if candidate != path:
+            log.warning("%s: going on from the checkpoint before it", *reasons or [f"{path} is missing"])
+            path.unlink(missing_ok=True)  # or the next save would keep it in place of the one that is whole
+        if (schema := state.get("schema")) != SCHEMA:
+            raise ValueError(
+                f"{candidate} is of schema {schema}, and this version reads {SCHEMA}: go on with the version "
+                "that wrote it, or remove it, and the run starts anew"
+            )
+        if state["id"] != run_id:
+            raise ValueError(
+                f"{candidate} is of a run with another configuration ({state['id']}, not {run_id}): remove "
+                "it, and the run starts anew"
+            )
+        return state
+    if reasons:
+        raise ValueError(f"{' and '.join(reasons)}: remove it, and the run starts anew")
+    return None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    # Before torch.load, which looks at no checksum and can be led astray by a damaged file.
+    with path.open("rb") as file:
+        left, digest = path.stat().st_size - _DIGEST_BYTES, hashlib.sha256()
+        while left > 0:
+            chunk = file.read(min(left, 2**20))
+            left -= len(chunk)
+            digest.update(chunk)
+        if left < 0 or file.read() != digest.digest():
+            raise ValueError("its checksum differs, or it is older than checksums")
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(state, dict):
+        raise ValueError("it holds no run")
+    return state

@@ -1,0 +1,42 @@
+"""What a run shows while it trains: a bar on a terminal, a line an epoch elsewhere."""
+
+import logging
+import sys
+from types import TracebackType
+from typing import Any, Self
+
+from tqdm import tqdm
+
+from rst.training.loop import Training
+
+log = logging.getLogger("train")
+
+
+class Progress:
+    """A with-block; `shown` false shows nothing."""
+
+    def __init__(self, training: Training, shown: bool) -> None:
+        self.training, self.shown = training, shown
+        steps, total = training.optimizer.steps, training.optimizer.total_steps
+        self.bar = tqdm(total=total, initial=steps, unit="step", disable=not (shown and sys.stderr.isatty()))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.bar.close()
+
+    def update(self, metrics: dict[str, Any] | None) -> None:
+        """After each step, and after each epoch with its metrics."""
+        self.bar.update(self.training.optimizer.steps - self.bar.n)
+        if metrics is None:
+            return
+        is_evaluated = "test_accuracy" in metrics
+        if is_evaluated:
+            self.bar.set_postfix_str(f"epoch {metrics['epoch']}, test {metrics['test_accuracy']:.2%}")
+        if self.shown and self.bar.disable:
+            test = "test loss {test_loss:.4f}, test accuracy {test_accuracy:.4f}, " * is_evaluated
+            line = "epoch {epoch}: train loss {train_loss:.4f}, " + test + "propagations {propagations}"
+            log.info(line.format(**metrics))
