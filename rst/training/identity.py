@@ -25,13 +25,14 @@ NEUTRAL: dict[str, Any] = {}
 
 
 def identity(config: Mapping[str, Any]) -> str:
-    """Eight hex digits of the SHA-256 of the settings that determine the result.
+    """`r` and eight hex digits of the SHA-256 of the settings that determine the result. Without the letter,
+    a reader of tables would take 1e234567 for a number.
 
     It survives refactoring: this package's classes and functions count by their name, not by the module they
     are in. A setting that is renamed, or an option whose default changes results, makes another run.
     """
     kept = {path: value for path, value in _flat(config) if not _is_left_out(path, value)}
-    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:8]
+    return "r" + hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def _flat(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
