@@ -31,7 +31,8 @@ from rst.benchmark import Action, Figure, Round, Settings, figure, interleaved, 
 from rst.data import Augment, train_batches
 from rst.experiments.cost import Measurements, costs_of
 from rst.experiments.sweeps import cells_of
-from rst.reporting.tables import Row, build_table, read_runs, runs_frame, write_runs
+from rst.reporting.statistics import build_table, read_runs, runs_frame, write_runs
+from rst.reporting.tables import Row
 from rst.training.device import cpu_threads, keep_memory
 
 ROOT = Path(__file__).resolve().parent.parent

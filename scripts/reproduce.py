@@ -33,8 +33,9 @@ from rst.reporting.figures import (
     training_curves,
 )
 from rst.reporting.pages import to_markdown, write_report
-from rst.reporting.records import Records, collect, index, recorded_in
-from rst.reporting.tables import Row, Table, build_table
+from rst.reporting.records import Finished, Records, collect, index, recorded_in
+from rst.reporting.statistics import Statistics, build_table
+from rst.reporting.tables import Row
 from rst.training.identity import NOT_IDENTITY
 from rst.training.run import Run, RunBusyError
 from rst.training.tracking import log_table
@@ -154,7 +155,7 @@ def column_names(table: TableRuns) -> dict[tuple[str, ...], str]:
 
 def build(
     table: TableRuns, protocol: str, common: Sequence[str], runs: pd.DataFrame, failures: dict[str, str]
-) -> list[Table]:
+) -> list[Statistics]:
     """A report: the table's statistics in each of its columns."""
     spec, report = table.spec, []
     names = column_names(table)
@@ -184,7 +185,7 @@ def build(
     return report
 
 
-def write(table: TableRuns, report: list[Table], records: Records, folder: Path) -> list[Path]:
+def write(table: TableRuns, report: list[Statistics], records: Records, folder: Path) -> list[Path]:
     """The report as Markdown, CSV and LaTeX, and its figures as PNG and PDF. Returns the files."""
     name = table.spec.name
     for suffix in (".md", ".csv", ".tex"):
@@ -255,14 +256,19 @@ def main() -> None:
 
             folders = [run.folder for key, run in every.items() if key in here]
             sharpness.measure_all(folders, sharpness.IMAGES, arguments.jobs)
-        records = collect(folder, every.values(), outputs)
+        finished = (
+            Finished(result, run.metrics(), run.sharpness())
+            for run in every.values()
+            if (result := run.result(warn=False)) is not None
+        )
+        records = collect(folder, finished, outputs)
         failures = {key: reason for key, run in every.items() if (reason := run.failure())}
         # A record from elsewhere must not hide that a run failed here, nor stand in for one unless asked to.
         shown = records.joined
         shown = shown[~shown["id"].isin(failures)]
         if not (arguments.reuse or arguments.collect):
             shown = shown[shown["id"].isin(here)]
-        single: dict[str, Table] = {}
+        single: dict[str, Statistics] = {}
         for table in tables:
             report = build(table, arguments.protocol, arguments.overrides, shown, failures)
             files = write(table, report, records, folder)
@@ -278,7 +284,7 @@ def main() -> None:
     sys.exit(1 if failed else 0)
 
 
-def write_findings(tables: dict[str, Table], runs: pd.DataFrame, folder: Path) -> None:
+def write_findings(tables: dict[str, Statistics], runs: pd.DataFrame, folder: Path) -> None:
     """FINDINGS.md, from all of its tables with every row complete."""
     page, names = folder / "FINDINGS.md", ", ".join(findings.TABLES)
     missing = sum((table.frame["status"] != "complete").sum() for table in tables.values())

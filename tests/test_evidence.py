@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from rst.reporting.tables import read_runs
+from rst.reporting.statistics import read_runs
 from rst.training.run import provenance
 
 RESULTS = ROOT / "results"

@@ -17,7 +17,7 @@ from scipy.optimize import isotonic_regression
 
 from rst.files import write_atomically
 from rst.reporting.sharpness import ALPHAS
-from rst.reporting.tables import MIN_SEEDS, Table, estimate_of
+from rst.reporting.statistics import MIN_SEEDS, Statistics, estimate_of
 from rst.schedule import Schedule, expected_propagations, propagations_std, uniform
 
 # Okabe and Ito's palette, less its yellow, which is too light for lines on white: a colour for each method.
@@ -60,7 +60,7 @@ def pareto(cost: np.ndarray, error: np.ndarray) -> list[int]:
     return front
 
 
-def error_against_propagations(table: Table, stem: Path) -> Figure:
+def error_against_propagations(table: Statistics, stem: Path) -> Figure:
     """Write test error (mean, 95 % t-interval) against the measured average propagation count η.
 
     Rows of nearly the same η stand side by side, lowest error first, each joined to its own η on the axis.
@@ -167,7 +167,7 @@ def schedule_figure(schedules: Mapping[str, Schedule], total_steps: int, seed: i
     return figure
 
 
-def training_curves(table: Table, curves: pd.DataFrame, stem: Path) -> Figure:
+def training_curves(table: Statistics, curves: pd.DataFrame, stem: Path) -> Figure:
     """Write test error and training loss of each row against epochs and against propagations, which is where
     rows of unequal cost compare: mean over the seeds that reached the epoch, with a band of ± one standard
     deviation, on logarithmic scales. Above 12 rows the panels repeat, each with reference and baseline.
@@ -198,7 +198,7 @@ def training_curves(table: Table, curves: pd.DataFrame, stem: Path) -> Figure:
     return figure
 
 
-def sharpness_figure(table: Table, sharpness: pd.DataFrame, stem: Path) -> Figure:
+def sharpness_figure(table: Statistics, sharpness: pd.DataFrame, stem: Path) -> Figure:
     """Write test error against λ_max (means, ± one standard deviation), and what the training loss gains
     along filter-normalised random directions (mean over seeds), for the rows of which runs were measured; the
     others are named, and so is a number of runs measured that is not all. Above 12 rows the panels repeat at
@@ -240,7 +240,7 @@ def sharpness_figure(table: Table, sharpness: pd.DataFrame, stem: Path) -> Figur
     return figure
 
 
-def _looks(table: Table) -> dict[str, dict[str, Any]]:
+def _looks(table: Statistics) -> dict[str, dict[str, Any]]:
     """Of each row by its place in the table, whatever has run. 5 colours and 4 dashes: no two of 20 rows look
     alike."""
     looks: dict[str, dict[str, Any]] = {
@@ -254,7 +254,7 @@ def _looks(table: Table) -> dict[str, dict[str, Any]]:
 
 
 def _panels(
-    table: Table, of_runs: pd.DataFrame, height: float
+    table: Statistics, of_runs: pd.DataFrame, height: float
 ) -> tuple[Figure, list[tuple[SubFigure, pd.DataFrame]]]:
     """A figure with a panel for each 12 of the rows with a run in `of_runs`, reference and baseline in all of
     them. Of each panel its rows, by label; `shown` is what to call them. `height`: of a panel, in inches."""
@@ -297,11 +297,11 @@ def _logarithmic(axes: Axes) -> None:
     axes.yaxis.set_minor_formatter(ticker.NullFormatter())
 
 
-def _finished(table: Table) -> pd.DataFrame:
+def _finished(table: Statistics) -> pd.DataFrame:
     return table.frame[table.frame["test_error_percent.n"] > 0]
 
 
-def _title(table: Table, frame: pd.DataFrame, width: int) -> str:
+def _title(table: Statistics, frame: pd.DataFrame, width: int) -> str:
     """Title, setting and seeds; `width` is the number of characters that fit in a line."""
     n = frame["test_error_percent.n"]
     seeds = f", n = {' to '.join(map(str, sorted({n.min(), n.max()})))} seeds" if len(n) else ""

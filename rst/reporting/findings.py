@@ -9,7 +9,14 @@ import pandas as pd
 from scipy import stats
 
 from rst.reporting.pages import SHARPNESS_NAMES, pipes, points
-from rst.reporting.tables import Estimate, Table, estimate, estimate_of, paired_difference, provenance
+from rst.reporting.statistics import (
+    Estimate,
+    Statistics,
+    estimate,
+    estimate_of,
+    paired_difference,
+    provenance,
+)
 
 TABLES = ("schedules", "constant", "gamma")  # what the page is made of
 UNDECIDED = "undecided at this scale"
@@ -21,7 +28,7 @@ SHARP = {name: SHARPNESS_NAMES[name] for name in ("lambda_max", "in_ball", "alon
 class Runs:
     """The runs of tables, by label and seed."""
 
-    def __init__(self, tables: dict[str, Table], runs: pd.DataFrame) -> None:
+    def __init__(self, tables: dict[str, Statistics], runs: pd.DataFrame) -> None:
         self.tables = tables
         self.ids = {name: one.frame.set_index("label")["runs"].str.split() for name, one in tables.items()}
         self.runs = runs.assign(error=100 * (1 - runs["test_accuracy"])).set_index("id")
@@ -51,7 +58,7 @@ class Runs:
         return paired_difference(self.values(table, label, "error"), (sam + sgd) / 2)
 
 
-def findings(tables: dict[str, Table], runs: pd.DataFrame, noise: pd.DataFrame | None = None) -> str:
+def findings(tables: dict[str, Statistics], runs: pd.DataFrame, noise: pd.DataFrame | None = None) -> str:
     """The page, as Markdown.
 
     Args:
@@ -112,7 +119,7 @@ def _finding(claim: str, measured: str, n: int, verdict: str) -> dict[str, str]:
     return {"Claim": claim, "Measured": measured, "n": str(n), "Verdict": verdict}
 
 
-def _sources(tables: dict[str, Table], runs: pd.DataFrame) -> list[str]:
+def _sources(tables: dict[str, Statistics], runs: pd.DataFrame) -> list[str]:
     """The provenance of all tables together, in which a run of two of them counts once."""
     frame = pd.concat([table.frame for table in tables.values()])
     ids = frame.set_index("label")["runs"].str.split().explode().rename("id").reset_index()

@@ -13,7 +13,7 @@ import pandas as pd
 from tabulate import tabulate
 
 from rst.files import write_text
-from rst.reporting.tables import METRICS, MIN_SEEDS, SHARPNESS, Estimate, Table, estimate_of
+from rst.reporting.statistics import METRICS, MIN_SEEDS, SHARPNESS, Estimate, Statistics, estimate_of
 
 LATEX_METRICS = ("test_error", "interval", "difference_to_reference", "eta", "time")
 _COUNTED = rf"^(test_error|difference|{'|'.join(SHARPNESS)}).*\.n$"
@@ -71,7 +71,7 @@ _LATEX = {
 }
 
 
-def write_report(tables: Sequence[Table], path: Path) -> None:
+def write_report(tables: Sequence[Statistics], path: Path) -> None:
     """Write `to_markdown`, `to_csv` or `to_latex` of the report, as `path` ends in .md, .csv or .tex. LaTeX's
     label is `tab:<folder>-<stem>`. Other endings raise ValueError."""
     if path.suffix == ".md":
@@ -85,7 +85,7 @@ def write_report(tables: Sequence[Table], path: Path) -> None:
     write_text(path, text)
 
 
-def to_markdown(tables: Sequence[Table]) -> str:
+def to_markdown(tables: Sequence[Statistics]) -> str:
     """Title, setting, a GitHub pipe table, the notes needed to read it, and the provenance. Of several
     settings first the matrix of test errors, rows × settings, then each setting's table."""
     first, common = _check(tables), _common(tables)
@@ -102,8 +102,8 @@ def to_markdown(tables: Sequence[Table]) -> str:
     return "\n\n".join(filter(None, parts)) + "\n"
 
 
-def to_csv(tables: Sequence[Table]) -> str:
-    """`Table.frame` of each setting below the other's, the numbers in full precision; first a column
+def to_csv(tables: Sequence[Statistics]) -> str:
+    """`Statistics.frame` of each setting below the other's, the numbers in full precision; first a column
     `setting` (in short), last `conditions` (the setting in full)."""
     _check(tables)
     text = ""
@@ -114,7 +114,7 @@ def to_csv(tables: Sequence[Table]) -> str:
     return text
 
 
-def to_latex(tables: Sequence[Table], label: str) -> str:
+def to_latex(tables: Sequence[Statistics], label: str) -> str:
     """A `table` environment in ASCII that needs no package but booktabs: the rows of the one setting, or the
     matrix of test errors. Notes and provenance stand below it, the commands above in comments."""
     first, common = _check(tables), _common(tables)
@@ -174,7 +174,7 @@ def _tabular(lines: list[dict[str, str]]) -> str:
     return "\n".join(parts)
 
 
-def _check(tables: Sequence[Table]) -> Table:
+def _check(tables: Sequence[Statistics]) -> Statistics:
     """The first of the report's tables. ValueError unless all have its title, rows and metrics."""
     if not tables:
         raise ValueError("a report needs at least one table")
@@ -188,21 +188,21 @@ def _check(tables: Sequence[Table]) -> Table:
     return tables[0]
 
 
-def _common(tables: Sequence[Table]) -> list[str]:
+def _common(tables: Sequence[Statistics]) -> list[str]:
     return [line for line in tables[0].provenance if all(line in table.provenance for table in tables)]
 
 
-def _worded(note: str, table: Table) -> str:
+def _worded(note: str, table: Statistics) -> str:
     names = {"reference": table.reference, "baseline": table.baseline}
     return note.format(split=table.split, Split=table.split.capitalize(), **names)
 
 
-def _definitions(table: Table, usual: Sequence[str]) -> list[str]:
+def _definitions(table: Statistics, usual: Sequence[str]) -> list[str]:
     shown = [_worded(_NOTES[m], table) for m in _shown(table, usual) if m in _NOTES]
     return list(dict.fromkeys(shown))
 
 
-def _remarks(table: Table) -> list[str]:
+def _remarks(table: Statistics) -> list[str]:
     """What is particular in this table: failed runs, times not given, few seeds."""
     frame, remarks = table.frame, []
     for line in frame[frame["failures"] != ""].to_dict("records"):
@@ -216,7 +216,7 @@ def _remarks(table: Table) -> list[str]:
     return remarks
 
 
-def _full(table: Table) -> str:
+def _full(table: Statistics) -> str:
     """The Markdown table of a setting. A row that failed says why in its first cell."""
     lines = _lines(table, METRICS)
     for line, row in zip(lines, table.frame.to_dict("records"), strict=True):
@@ -236,7 +236,7 @@ def _bullets(lines: Sequence[str]) -> str:
     return "\n".join(f"- {line}" for line in lines)
 
 
-def _matrix(tables: Sequence[Table]) -> list[dict[str, str]]:
+def _matrix(tables: Sequence[Statistics]) -> list[dict[str, str]]:
     """Of each row the test error in each setting, marked * where it differs from the reference's."""
     lines = [{"Method": label} for label in tables[0].frame["label"]]
     for table in tables:
@@ -246,7 +246,7 @@ def _matrix(tables: Sequence[Table]) -> list[dict[str, str]]:
     return lines
 
 
-def _lines(table: Table, usual: Sequence[str]) -> list[dict[str, str]]:
+def _lines(table: Statistics, usual: Sequence[str]) -> list[dict[str, str]]:
     """Of each row its label and the metrics shown, each under its heading."""
     return [
         {"Method": line["label"], **dict(_cell(table, line, metric) for metric in _shown(table, usual))}
@@ -254,7 +254,7 @@ def _lines(table: Table, usual: Sequence[str]) -> list[dict[str, str]]:
     ]
 
 
-def _shown(table: Table, usual: Sequence[str]) -> list[str]:
+def _shown(table: Statistics, usual: Sequence[str]) -> list[str]:
     """The metrics that are shown: those asked for, else the usual ones, sharpness where it was measured."""
     if table.metrics:
         return list(table.metrics)
@@ -262,7 +262,7 @@ def _shown(table: Table, usual: Sequence[str]) -> list[str]:
     return [name for name in usual if name not in SHARPNESS or name in measured]
 
 
-def _cell(table: Table, line: dict[Any, Any], metric: str) -> tuple[str, str]:
+def _cell(table: Statistics, line: dict[Any, Any], metric: str) -> tuple[str, str]:
     """Heading and text of one of `METRICS`."""
     error, time = estimate_of(line, "test_error_percent"), line[f"time_relative_to_{table.baseline}"]
     best, published = estimate_of(line, "best_epoch_error_percent"), line["published_error_percent"]

@@ -8,7 +8,7 @@ import pandas as pd
 from filelock import FileLock
 
 from rst.reporting.pages import pipes
-from rst.reporting.tables import (
+from rst.reporting.statistics import (
     HOW_SHARP,
     SHARPNESS,
     curves_frame,
@@ -20,7 +20,6 @@ from rst.reporting.tables import (
     write_curves,
     write_runs,
 )
-from rst.training.run import Run
 
 
 class Records(NamedTuple):
@@ -40,19 +39,27 @@ class Records(NamedTuple):
         return self.runs.merge(measured, on="id", how="left")
 
 
-def collect(folder: Path, runs: Iterable[Run], outputs: Path) -> Records:
-    """Add these runs' results to runs.csv, their epochs to curves.csv and, where it was measured, their
-    sharpness to sharpness.csv. Returns what the files then hold, older rows too."""
-    outputs.mkdir(parents=True, exist_ok=True)
-    with FileLock(outputs / f".{folder.name}-results.lock"):  # a second driver may be at it
+class Finished(NamedTuple):
+    """A completed run: result.json, the lines of metrics.jsonl, and sharpness.json where there is one."""
+
+    result: dict[str, Any]
+    metrics: list[dict[str, Any]]
+    sharpness: dict[str, Any] | None
+
+
+def collect(folder: Path, finished: Iterable[Finished], lock_folder: Path) -> Records:
+    """Add the runs to the records in `folder`, in place of older records of theirs. Returns all that the
+    files then hold. A lock in `lock_folder` lets several processes do so at once."""
+    lock_folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(lock_folder / f".{folder.name}-results.lock"):
         frame, curves, sharpness = recorded_in(folder)
-        done = [(run, result) for run in runs if (result := run.result(warn=False)) is not None]
-        if done:
+        runs = list(finished)
+        if runs:
             older: list[Any] = frame.to_dict("records")
-            frame = runs_frame([*older, *(result for _, result in done)])
-            new = curves_frame({run.id: run.metrics() for run, _ in done})
+            frame = runs_frame([*older, *(run.result for run in runs)])
+            new = curves_frame({run.result["id"]: run.metrics for run in runs})
             curves = _updated(curves, new).sort_values(["id", "epoch"], ignore_index=True)
-        measured = sharpness_frame(found for run, _ in done if (found := run.sharpness()))
+        measured = sharpness_frame(run.sharpness for run in runs if run.sharpness)
         if len(measured) or len(sharpness):
             # Not what was measured of a run that has been done again since.
             sharpness = _updated(sharpness, measured).merge(frame[["id", "finished"]])

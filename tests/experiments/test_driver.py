@@ -16,7 +16,7 @@ from conftest import ROOT, command
 from filelock import FileLock
 from PIL import Image
 
-from rst.reporting.tables import read_curves, read_runs
+from rst.reporting.statistics import read_curves, read_runs
 
 # Long enough to be runs, short enough for a test: seven rows, two seeds.
 SHORT = ["epochs=1", "model.width=4", "seed=0,1"]

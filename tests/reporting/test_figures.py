@@ -22,9 +22,8 @@ from rst.reporting.figures import (
     training_curves,
 )
 from rst.reporting.sharpness import ALPHAS
-from rst.reporting.tables import (
+from rst.reporting.statistics import (
     SHARPNESS,
-    Row,
     build_table,
     curves_frame,
     runs_frame,
@@ -32,6 +31,7 @@ from rst.reporting.tables import (
     write_curves,
     write_runs,
 )
+from rst.reporting.tables import Row
 from rst.schedule import Constant, Linear, Periodic, expected_propagations, uniform
 
 # label, method, probability, mean test error in percent: eight rows share η = 1.5
@@ -229,7 +229,7 @@ import sys
 from pathlib import Path
 from rst.reporting.figures import *
 from rst.schedule import *
-from rst.reporting.tables import *
+from rst.reporting.statistics import *
 from test_figures import SETTING, make_rows
 folder, out = map(Path, sys.argv[1:])
 table = build_table("Methods", SETTING, make_rows(), read_runs(folder / "runs.csv"))

@@ -14,7 +14,8 @@ from test_tables import record, records, table_of
 from rst.experiments.sweeps import read_specification
 from rst.reporting.findings import TABLES, _on_noise, _widened, findings
 from rst.reporting.pages import to_csv
-from rst.reporting.tables import Row, build_table, estimate, runs_frame
+from rst.reporting.statistics import build_table, estimate, runs_frame
+from rst.reporting.tables import Row
 
 CONF = ROOT / "conf"
 PLAIN = {"p = 0 (SGD)": "SGD", "p = 1 (SAM)": "SAM"}

@@ -14,7 +14,8 @@ import pytest
 from test_tables import COMMAND, ERRORS, records, rows, table_of
 
 from rst.reporting.pages import SETTINGS_ACROSS, escape_latex, to_csv, to_latex, to_markdown, write_report
-from rst.reporting.tables import METRICS, SHARPNESS, Row, build_table, read_runs, runs_frame, write_runs
+from rst.reporting.statistics import METRICS, SHARPNESS, build_table, read_runs, runs_frame, write_runs
+from rst.reporting.tables import Row
 
 PIPE = r"(?<!\\)\|"
 
@@ -392,7 +393,7 @@ def test_tables_are_the_same_byte_for_byte(tmp_path):
             write_report([build_table("T", "S", rows(), frame, column=c) for c in "xy"], path)
     script = (
         "import sys; from pathlib import Path\n"
-        "from rst.reporting.tables import *; from rst.reporting.pages import *\n"
+        "from rst.reporting.statistics import *; from rst.reporting.pages import *\n"
         f"runs, rows = read_runs(Path(sys.argv[1])), {rows()!r}\n"
         "tables = [build_table('T', 'S', rows, runs, column=c) for c in 'xy']\n"
         "[write_report(tables, Path(path)) for path in sys.argv[2:]]"

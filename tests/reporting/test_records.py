@@ -8,8 +8,8 @@ from test_pages import pipe_tables, report
 from test_tables import record, records, rows, table_of
 
 from rst.reporting.pages import write_report
-from rst.reporting.records import collect, index
-from rst.reporting.tables import build_table
+from rst.reporting.records import Finished, collect, index
+from rst.reporting.statistics import build_table
 from rst.training.run import Run
 
 
@@ -57,6 +57,10 @@ def test_index_lists_what_is_there(tmp_path):
     assert index(tmp_path) == text
 
 
+def finished(run):
+    return Finished(run.result(), run.metrics(), run.sharpness())
+
+
 def measured_run(outputs, seed, **changes):
     """A finished run, whose sharpness was measured."""
     groups = ("dataset", "model", "augment", "method", "schedule")
@@ -83,7 +87,7 @@ def test_sharpness_belongs_to_the_run_that_was_measured(tmp_path):
     results, outputs = tmp_path / "results", tmp_path / "outputs"
     results.mkdir()
     runs = [measured_run(outputs, seed) for seed in (0, 1)]
-    found = collect(results, runs, outputs)
+    found = collect(results, map(finished, runs), outputs)
     assert found.joined["lambda_max"].to_list() == [40.0, 41.0]
     asked = [replace(row, runs={seed: run.id for seed, run in enumerate(runs)}) for row in rows(2, ("sgd",))]
     table = build_table("A title", "A setting", asked, found.joined, "SGD", "SGD")
@@ -94,6 +98,6 @@ def test_sharpness_belongs_to_the_run_that_was_measured(tmp_path):
 
     again = measured_run(tmp_path / "elsewhere", 1, finished="2026-11-23T00:00:00+00:00")
     (again.folder / "sharpness.json").unlink()
-    found = collect(results, [again], outputs)
+    found = collect(results, [finished(again)], outputs)
     assert found.joined["lambda_max"].isna().to_list() == [False, True]
     assert found.sharpness["id"].to_list() == [runs[0].id]

@@ -9,10 +9,9 @@ from hypothesis import strategies as st
 from pandas.testing import assert_frame_equal
 from scipy import stats
 
-from rst.reporting.tables import (
+from rst.reporting.statistics import (
     METRICS,
     Estimate,
-    Row,
     build_table,
     curves_frame,
     estimate,
@@ -24,6 +23,7 @@ from rst.reporting.tables import (
     write_curves,
     write_runs,
 )
+from rst.reporting.tables import Row
 
 COMMAND = "python train.py protocol=quick method={}"
 
