@@ -1,4 +1,4 @@
-"""Signals: in order the first time, at once the second, and what other programs make of them."""
+"""Signals: the first ends a run in order, Ctrl-C after it at once; handlers of other programs."""
 
 import json
 import os
@@ -42,7 +42,6 @@ def test_the_first_signal_is_noted(number):
             interruption.end()
     assert ended.value.code == 128 + number
     assert [signal.getsignal(each) for each in SIGNALS] == before
-    assert signal.set_wakeup_fd(-1) == -1
 
 
 def test_a_handler_that_was_there_gets_the_signal_after_the_checkpoint():
@@ -57,6 +56,8 @@ def test_a_handler_that_was_there_gets_the_signal_after_the_checkpoint():
                 assert len(heard) < 2
                 interruption.end()
                 assert not interruption.requested()
+            os.kill(os.getpid(), signal.SIGINT)  # the first of what is a new interruption
+            wait_until(interruption.requested)
     finally:
         signal.signal(signal.SIGUSR2, former)
     assert heard == [signal.SIGUSR2] * 2
@@ -68,64 +69,26 @@ def test_another_rank_was_told_to_end():
     assert ended.value.code == 128 + signal.SIGTERM
 
 
-def test_other_signals_pass_by():
-    heard = []
-    former = signal.signal(signal.SIGCHLD, lambda number, frame: heard.append(number))
-    try:
-        with Interruption() as interruption:
-            subprocess.run(["true"], check=True)
-            wait_until(lambda: heard)
-            time.sleep(0.05)
-            assert not interruption.requested()
-    finally:
-        signal.signal(signal.SIGCHLD, former)
-
-
-def test_a_second_signal_ends_the_process_in_the_middle_of_a_long_operation():
-    """Both come while the main thread is in one matrix product of seconds."""
+def test_ctrl_c_after_another_signal_ends_the_process_within_a_long_operation():
+    """One of Python's own, in C, in which it runs no handlers; a repeated SIGTERM does not end it."""
     code = (
-        "import torch, os; from rst.interruption import Interruption\n"
-        "a = torch.ones(6000, 6000); print('ready', flush=True)\n"
-        "with Interruption():\n"
-        "    while True: a @ a"
+        "from rst.interruption import Interruption\n"
+        "with Interruption() as interruption:\n"
+        "    print('ready', flush=True)\n"
+        "    while not interruption.requested(): pass\n"
+        "    print('noted', flush=True)\n"
+        "    sum(range(10**10))"
     )
-    process = subprocess.Popen(
-        [sys.executable, "-c", code],
-        stdout=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=ROOT)
     assert process.stdout.readline() == "ready\n"
-    time.sleep(0.3)
     process.send_signal(signal.SIGTERM)
-    time.sleep(0.3)
-    sent = time.monotonic()
+    assert process.stdout.readline() == "noted\n"
+    process.send_signal(signal.SIGTERM)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(0.3)
     process.send_signal(signal.SIGINT)
-    assert process.wait(10) == 128 + signal.SIGINT
-    assert time.monotonic() - sent < 1
-
-
-def repeated(number, echo):
-    """The exit code of a process that gets a signal twice, 0.3 s apart; it would end by itself with 3."""
-    code = (
-        f"import time; from rst import interruption; interruption.ECHO = {echo}\n"
-        "with interruption.Interruption():\n"
-        "    print('ready', flush=True); time.sleep(1.5)\n"
-        "raise SystemExit(3)"
-    )
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-    assert process.stdout.readline() == "ready\n"
-    for _ in range(2):
-        process.send_signal(number)
-        time.sleep(0.3)
-    return process.wait(10)
-
-
-def test_the_echo_of_a_scheduler_is_no_second_signal():
-    """Slurm tells every process of a job, and torchrun passes on what it was told."""
-    assert repeated(signal.SIGTERM, echo=5.0) == 3
-    assert repeated(signal.SIGTERM, echo=0.1) == 128 + signal.SIGTERM
-    assert repeated(signal.SIGINT, echo=5.0) == 128 + signal.SIGINT
+    assert process.communicate(timeout=10) == ("", None)
+    assert process.returncode == -signal.SIGINT
 
 
 def test_ignored_signals_stay_ignored():
@@ -133,9 +96,10 @@ def test_ignored_signals_stay_ignored():
     try:
         with Interruption() as interruption:
             os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(0.1)
             assert not interruption.requested()
-            assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+            os.kill(os.getpid(), signal.SIGTERM)
+            wait_until(interruption.requested)
+            os.kill(os.getpid(), signal.SIGINT)
     finally:
         signal.signal(signal.SIGINT, former)
 
@@ -157,7 +121,7 @@ class Started:
         began = time.monotonic()
         for number in numbers:
             self.process.send_signal(number)
-            time.sleep(0.05)
+            time.sleep(0.5)  # for Python to run its handler, which waits for the end of a convolution
         self.output, _ = self.process.communicate(timeout=30)
         return self.process.returncode, time.monotonic() - began
 
@@ -186,9 +150,9 @@ def test_a_run_ends_in_order_and_goes_on_from_there(number, tmp_path, run_train)
 
 
 @pytest.mark.slow
-def test_two_signals_leave_the_last_checkpoint_whole(tmp_path):
+def test_ctrl_c_twice_leaves_the_last_checkpoint_whole(tmp_path):
     started = Started(tmp_path, "batch_size=1296", "model.width=64")  # a step of seconds
     code, seconds = started.end(signal.SIGINT, signal.SIGINT)
-    assert code == 128 + signal.SIGINT and seconds < 2
+    assert code == -signal.SIGINT and seconds < 2
     state = state_of(started.folder)
     assert state["epoch"]["steps"] == 0 and state["optimizer"]["rst"]["steps"] == len(state["metrics"])

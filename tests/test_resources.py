@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -168,19 +169,19 @@ def streamed(images, outputs):
     ids=["SIGKILL", "SIGBUS"],
 )
 def test_a_worker_that_is_killed(number, cause, images, tmp_path):
-    """In a process of its own, as PyTorch raises a worker's death wherever the main thread is then."""
+    """At work, as for want of memory, and in the middle of an epoch."""
     code = (
-        "import multiprocessing, os, runpy, sys\n"
+        "import os, runpy\n"
+        "from torch.utils.data import get_worker_info\n"
         "from rst.data import image_files\n"
-        "ahead, victims = image_files._ahead, []\n"
-        "def kill_one(batches, device):\n"
-        "    for batch in ahead(batches, device):\n"
-        "        if not victims:\n"
-        "            victims.extend(multiprocessing.active_children()[:1])\n"
-        "            print('killed', victims[0].pid, flush=True)\n"
-        f"            os.kill(victims[0].pid, {int(number)})\n"
-        "        yield batch\n"
-        "image_files._ahead = kill_one\n"
+        "open_image, opened = image_files.open_image, []\n"
+        "def die(reader, index, mode):\n"
+        "    opened.append(index)\n"
+        "    if (worker := get_worker_info()) and worker.id == 0 and len(opened) == 20:\n"
+        "        print('killed', os.getpid(), flush=True)\n"
+        f"        os.kill(os.getpid(), {int(number)})\n"
+        "    return open_image(reader, index, mode)\n"
+        "image_files.open_image = die\n"
         "runpy.run_path('train.py', run_name='__main__')"
     )
     done = command(sys.executable, "-c", code, *streamed(images, tmp_path / "outputs"), timeout=120)
@@ -197,16 +198,70 @@ def test_an_error_while_workers_are_at_work_ends_the_run(run_train, images, tmp_
         run_train(*streamed(images, tmp_path / "outputs"), *diverging)
 
 
-def test_workers_leave_signals_to_the_main_process(images):
+def test_workers_that_nobody_tells_to_end(images, tmp_path):
+    """As where an error interrupts the telling. `multiprocessing` sends them SIGTERM when the main process
+    exits, and waits for as long as it takes."""
+    code = (
+        "import runpy\n"
+        "from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter as Workers\n"
+        "shutdown = Workers._shutdown_workers\n"
+        "def interrupted(self):\n"
+        "    Workers._shutdown_workers = shutdown\n"
+        "    self._shutdown = True\n"
+        "    raise RuntimeError('in the middle of it')\n"
+        "Workers._shutdown_workers = interrupted\n"
+        "runpy.run_path('train.py', run_name='__main__')"
+    )
+    arguments = [*streamed(images, tmp_path / "outputs"), "epochs=1"]
+    done = command(sys.executable, "-c", code, *arguments, timeout=60)
+    assert done.returncode == 0 and "in the middle of it" in done.stderr
+    assert len(list(tmp_path.glob("outputs/*/result.json"))) == 1
+
+
+def test_workers_leave_signals_to_the_main_process_but_end_by_sigterm(images):
     data = image_folder(str(images), in_memory=False, workers=1)
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [])
     batches = evaluation_batches(data, 1)
     next(batches)
     (worker,) = multiprocessing.active_children()
-    for number in SIGNALS:
+    for number in set(SIGNALS) - {signal.SIGTERM}:
         os.kill(worker.pid, number)
     assert len(list(batches)) == 11 and worker.exitcode == 0
     assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == before
+
+    batches = evaluation_batches(data, 1)
+    next(batches)
+    (worker,) = multiprocessing.active_children()
+    time.sleep(0.2)  # until it waits: killed as it holds one of PyTorch's locks, it would hold it for ever
+    subprocess.run(["kill", str(worker.pid)], check=True)  # not from its parent, for which it ends with 0
+    time.sleep(0.2)  # where PyTorch's own error would come
+    with at_most(30), pytest.raises(RuntimeError, match="killed by signal: Terminated"):
+        list(batches)
+    assert worker.exitcode == -signal.SIGTERM
+
+
+def test_a_signal_to_the_process_group_leaves_the_workers_at_work(images):
+    """As `timeout` and torchrun send it; the run then ends in order, for which it may need more batches."""
+    code = (
+        "import sys\n"
+        "from rst.data import evaluation_batches, image_folder\n"
+        "from rst.interruption import Interruption\n"
+        "data = image_folder(sys.argv[1], in_memory=False, workers=2)\n"
+        "with Interruption() as interruption:\n"
+        "    batches = evaluation_batches(data, 1)\n"
+        "    next(batches), next(batches)  # one of each worker\n"
+        "    print('begun', flush=True)\n"
+        "    while not interruption.requested(): pass\n"
+        "    print(len(list(batches)), flush=True)\n"
+        "    interruption.end()"
+    )
+    main = subprocess.Popen(
+        [sys.executable, "-c", code, str(images)], stdout=subprocess.PIPE, cwd=ROOT, start_new_session=True
+    )
+    assert main.stdout.readline() == b"begun\n"
+    os.killpg(main.pid, signal.SIGTERM)
+    assert main.communicate(timeout=30) == (b"10\n", None)
+    assert main.returncode == 128 + signal.SIGTERM
 
 
 @pytest.mark.parametrize("batches_taken", [1, 12])

@@ -6,7 +6,8 @@ import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from multiprocessing import get_all_start_methods, get_context
+from multiprocessing import active_children, get_all_start_methods, get_context
+from multiprocessing.connection import wait
 from multiprocessing.context import BaseContext
 from typing import IO, Any, Protocol
 
@@ -91,7 +92,7 @@ class ImageFiles:
             multiprocessing_context=_context() if workers else None,
             worker_init_fn=partial(_begin_worker, os.getpid()),
         )
-        for images in _ahead(_begun(loader), self.device):
+        for images in _ahead(_from_workers(loader) if workers else iter(loader), self.device):
             if isinstance(images, Exception):
                 raise images
             yield images
@@ -102,26 +103,51 @@ def _context() -> BaseContext:
     return get_context(get_all_start_methods()[0])
 
 
-def _begun(loader: DataLoader) -> Iterator[Any]:
-    """Start the loader's workers with `SIGNALS` blocked for good. A terminal and a scheduler send them to
-    every process; the main one ends in order, and needs the batch that it waits for. Blocked from the start,
-    as a worker that still shares the handlers of `rst.interruption` would report its signal as a second one.
+def _from_workers(loader: DataLoader) -> Iterator[Any]:
+    """The loader's batches.
+
+    Raises:
+        RuntimeError: where a batch is waited for whose worker has died; it may take 5 seconds to notice.
+            PyTorch would raise it from a handler of SIGCHLD, at once but wherever the main thread is: while
+            the other workers are being told to end, say, which they then never are.
     """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    others, on_death = active_children(), signal.getsignal(signal.SIGCHLD)
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # until `_begin_worker` has dealt with them
     try:
-        return iter(loader)
+        batches = iter(loader)
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        if signal.getsignal(signal.SIGCHLD) is not on_death:  # set by the process's first loader
+            signal.signal(signal.SIGCHLD, on_death)
+    workers = [process for process in active_children() if process not in others]
+    try:
+        yield from batches
+    except (RuntimeError, OSError, EOFError):
+        ended = wait([worker.sentinel for worker in workers], timeout=1)  # a connection breaks before
+        for worker in workers:
+            if worker.sentinel in ended:
+                worker.join()
+                code = worker.exitcode or 0
+                how = f"is killed by signal: {signal.strsignal(-code)}" if code < 0 else f"exited with {code}"
+                raise RuntimeError(f"DataLoader worker (pid {worker.pid}) {how}") from None
+        raise
 
 
 def _begin_worker(parent: int, number: int) -> None:
-    """What PyTorch's workers leave out: they end with their parent, but only if they saw it alive; and they
-    hold its pipe for signals open."""
+    """What PyTorch's workers leave out. They end with their parent, but only if they saw it alive. And the
+    signals that ask a run to end are for the main process, which ends in order and needs the batch it waits
+    for: a terminal, `timeout` and torchrun send them to its whole process group, which workers leave; Slurm
+    may send USR1 and USR2 to every process, so workers ignore them.
+
+    A SIGTERM of its own must end a worker, and does by PyTorch's handler: `multiprocessing` sends it, when
+    the main process exits, to workers that nobody told to end, and waits for them without a limit.
+    """
     if os.getppid() != parent:
         os._exit(1)
-    pipe = signal.set_wakeup_fd(-1)
-    if pipe != -1:
-        os.close(pipe)
+    os.setpgrp()
+    for signal_number in set(SIGNALS) - {signal.SIGTERM}:
+        signal.signal(signal_number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
 
 def open_image(reader: Reader, index: int, mode: str = "RGB") -> Image.Image:
