@@ -90,7 +90,7 @@ def task(function: Callable[[DictConfig], object]) -> Callable[[DictConfig], Non
     @wraps(function)
     def wrapped(cfg: DictConfig) -> None:
         if multiprocessing.current_process().name != "MainProcess":
-            _end_with_parent()
+            end_with_parent()
         from rst.training import distributed
 
         if not distributed.is_first():
@@ -98,7 +98,7 @@ def task(function: Callable[[DictConfig], object]) -> Callable[[DictConfig], Non
         try:
             function(cfg)
         except Exception as error:
-            error = _explained(_origin(error), cfg)  # a cause would be lost on the way from another process
+            error = explained(_origin(error), cfg)  # a cause would be lost on the way from another process
             if HydraConfig.get().mode is RunMode.MULTIRUN:
                 log.error("error in %s: %s", " ".join(HydraConfig.get().overrides.task), one_line(error))
                 raise error from None
@@ -108,7 +108,7 @@ def task(function: Callable[[DictConfig], object]) -> Callable[[DictConfig], Non
 
 
 @cache
-def _end_with_parent(poll: float = 1.0) -> None:
+def end_with_parent(poll: float = 1.0) -> None:
     """End this process, one of a launcher's, when the one that started it is gone: joblib's would hold their
     memory for ever after a driver that was killed. A run has half a minute to end its step and save."""
     parent = os.getppid()
@@ -173,7 +173,7 @@ def _check_options() -> None:
         raise ValueError(f"options such as -m go before all settings or after them, not before {unknown[0]}")
 
 
-def _explained(error: Exception, cfg: DictConfig) -> Exception:
+def explained(error: Exception, cfg: DictConfig) -> Exception:
     """What a user can do about a failure that only names what the machine did."""
     from torch import OutOfMemoryError
 
