@@ -1,21 +1,36 @@
 """The update rule: SGD, SAM, ASAM, GNP, RST and G-RST as one way of obtaining a step's gradient."""
 
 import math
+import re
+import warnings
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing, contextmanager, nullcontext
 from numbers import Integral, Real
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import get_total_norm
+from torch.optim import Optimizer
 
-from rst.passes import frozen_batchnorm, random_state, refuse_zeroing, set_random_state, true_gradient
-from rst.schedule import Schedule, expected_propagations, uniform
+from rst.joint import Joint
+from rst.passes import (
+    accumulating,
+    buffers_kept,
+    can_skip_averaging,
+    gradients_kept,
+    random_state,
+    set_random_state,
+    true_gradient,
+)
+from rst.perturbation import Perturbation, local, total_norm
+from rst.schedule import Constant, Schedule, expected_propagations, uniform
+
+Pass = Literal["clean", "perturbed"]
+COUNTERS = ("steps", "sam_steps", "propagations")
 
 
-class RST(torch.optim.Optimizer):
+class RST(Joint):
     """Randomized Sharpness-Aware Training around any base optimizer (arXiv 2203.09962, algorithm 1).
 
     Step t is a SAM step with probability p(t), else a plain one:
@@ -31,31 +46,26 @@ class RST(torch.optim.Optimizer):
         optimizer = RST(torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9),
                         schedule=Linear(0.0, 1.0), total_steps=epochs * len(loader), module=model)
         for x, y in loader:
-            def closure():  # forward and backward only
+            for _ in optimizer.passes():  # once, or twice in a SAM step
                 loss = F.cross_entropy(model(x), y)
                 loss.backward()
-                return loss
-            loss = optimizer.gradient(closure)
             clip_grad_norm_(model.parameters(), 5.0)
             optimizer.step()
 
     It shares `param_groups` and `state` with its base, so learning-rate schedulers and `GradScaler` work as
-    with any optimizer; loss scaling cancels in ε. Gradient accumulation is a loop inside the closure. In a
-    SAM step both passes see the same random numbers (dropout), BatchNorm statistics move in the clean pass
-    only, and θ comes back bit for bit, also when the closure raises. A submodule with an attribute
-    `true_gradient` (ShakeDrop, Shake-Shake in `rst.models.shake`) has it set to True during the clean pass of
-    a SAM step, for which it then computes its true gradient; in the perturbed pass and in plain steps it
-    computes whatever gradient it is made for.
-
-    During the perturbed pass `parameter.data` is a second tensor, so nothing may hold on to the storage of
-    the parameters (views into one flat buffer, say) across a call.
+    with any optimizer; loss scaling cancels in ε. In a SAM step both passes see the same random numbers
+    (dropout), buffers such as BatchNorm's statistics move in the clean pass only, and θ comes back bit for
+    bit. A submodule with an attribute `true_gradient` (ShakeDrop, Shake-Shake in `rst.models.shake`) has it
+    set to True during the clean pass of a SAM step, for which it then computes its true gradient.
 
     Args:
-        base: the optimizer that makes the step.
-        schedule: `schedule(step, total_steps)` → p(t), see `rst.schedule`.
+        base: the optimizer that makes the step, or several of them, each for its own parameters (Muon for
+            matrices and AdamW for the rest, say), with one joint ε.
+        schedule: `schedule(step, total_steps)` → p(t), see `rst.schedule`; a number is a constant p.
         total_steps: number of steps of the run, T in the schedule.
         rho: radius ρ of the perturbation. A parameter group with a `rho` of its own keeps it: ε of that
-            group is then its ρ times its part of the unit vector ∇L(θ)/‖∇L(θ)‖.
+            group is then its ρ times its part of the unit vector ∇L(θ)/‖∇L(θ)‖. (Not with a base such as
+            Adadelta, whose own `rho` is something else.)
         gamma: weight γ > 0 of the perturbed gradient, or "matched" for 1 / mean p, which gives any
             schedule SAM's expected regularization p̄·γ·ρ.
         adaptive: ASAM (Kwon et al. 2021): ε = ρ T²∇L(θ) / ‖T∇L(θ)‖ with T = |θ|.
@@ -63,23 +73,24 @@ class RST(torch.optim.Optimizer):
             the authors' code does by default. The latter does not commute with loss scaling.
         sync_perturbation: under DistributedDataParallel, average ∇L(θ) over the ranks before ε is taken.
             Otherwise each rank perturbs along its own gradient and a SAM step all-reduces once, as the
-            authors do (m-sharpness).
-        module: the model, for its BatchNorm layers, its `true_gradient` attributes and its `no_sync`. Without
-            it, BatchNorm statistics move in both passes.
+            authors do (m-sharpness). With sharded parameters (`fully_shard`) it is always averaged.
+        module: the model, wrapped in DistributedDataParallel where it is, for its buffers, its
+            `true_gradient` attributes and its `no_sync`. Without it, buffers move in both passes.
         seed: of the coin; the same on every rank.
 
     Raises:
-        ValueError: for an argument out of its range, also "matched" on a schedule of mean 0.
+        TypeError, ValueError: for an argument out of its range, "matched" on a schedule of mean 0, and a base
+            that cannot be one: it needs a closure itself, or wraps another optimizer.
 
     Attributes:
         steps, sam_steps, propagations: what was done so far; saved in `state_dict`.
-        has_gradient: whether `gradient` was called and `step` not yet.
+        has_gradient: whether `.grad` holds a step's gradient that `step` has not used yet.
     """
 
     def __init__(
         self,
-        base: torch.optim.Optimizer,
-        schedule: Schedule,
+        base: Optimizer | Sequence[Optimizer],
+        schedule: Schedule | float,
         total_steps: int,
         rho: float = 0.1,
         gamma: float | Literal["matched"] = 1.0,
@@ -95,12 +106,18 @@ class RST(torch.optim.Optimizer):
         if mix not in ("gradient", "normalized"):
             raise ValueError(f"mix must be 'gradient' or 'normalized', got {mix!r}")
         uniform(seed, 0)  # refuses a bad seed now, not at the first step
-        self.gamma = _resolve_gamma(gamma, schedule, total_steps)
-        super().__init__(base.param_groups, {**base.defaults, "rho": rho})
-        for group in base.param_groups:
-            _check_rho(group["rho"])
-        self.base = base
-        self.schedule = schedule
+        if not isinstance(schedule, Real) and not callable(schedule):
+            raise TypeError(
+                f"schedule must be a number or a schedule such as Linear(0.0, 1.0), got {schedule!r}"
+            )
+        _check_rho(rho)
+        _check_module(module)
+        super().__init__([base] if isinstance(base, Optimizer) else base, {"rho": rho})
+        self.rho = rho
+        for _, of_group in self._groups():
+            _check_rho(of_group)
+        self.schedule: Schedule = schedule if callable(schedule) else Constant(float(schedule))
+        self.gamma = _resolve_gamma(gamma, self.schedule, total_steps)
         self.total_steps = total_steps
         self.adaptive = adaptive
         self.mix = mix
@@ -109,23 +126,149 @@ class RST(torch.optim.Optimizer):
         self.seed = seed
         self.steps = self.sam_steps = self.propagations = 0
         self.has_gradient = False
-        self._spares: dict[Tensor, Tensor] = {}
-        self._follow_base()
+        self._perturbation = Perturbation()
+        self._loop: weakref.ref[Any] | None = None
 
-    def gradient(self, closure: Callable[[], Any]) -> Any:
-        """Leave this step's gradient in `.grad`, in one or two propagations.
+    def passes(self) -> Generator[Pass, None, None]:
+        """The passes of this step, for a loop whose body computes the loss and calls `backward()`.
 
-        Args:
-            closure: computes the loss, calls `backward()` and returns the loss. It must not zero gradients:
-                this method does, before the first pass, and the second adds to what the first left.
+            for which in optimizer.passes():
+                loss = F.cross_entropy(model(x), y)
+                loss.backward()
 
-        Returns:
-            What the closure returned in the clean pass: the loss at θ, not at θ + ε.
+        Yields "clean" with the weights at θ and then, in a SAM step, "perturbed" with them at θ + ε. After
+        the loop `.grad` holds the step's gradient g, to be unscaled or clipped before `step()`. To accumulate
+        gradients, loop over the micro-batches in the body. When the body raises, breaks or returns, weights,
+        buffers and random numbers are put back and the gradients dropped; the step does not count.
 
         Raises:
             ValueError: past `total_steps`, or where the schedule gives no probability.
-            RuntimeError: if the closure zeroes gradients or leaves none.
+            RuntimeError: where `.grad` holds gradients that this step would lose: of a step that was not
+                taken, or of a `backward()` outside the loop; and for a body that leaves no gradients.
         """
+        if (loop := self._loop and self._loop()) and loop.gi_frame is not None:
+            loop.close()
+            raise RuntimeError(
+                "passes() was called within a loop over passes(), or while one is kept unfinished"
+            )
+        passes = self._passes()
+        self._loop = weakref.ref(passes)  # a strong one would keep it alive when the loop is left
+        return passes
+
+    def gradient(self, closure: Callable[[], Any]) -> Any:
+        """`passes` with `closure`, which computes the loss, calls `backward()` and returns the loss, as the
+        body of the loop. Returns what it returned in the clean pass: the loss at θ, not at θ + ε."""
+        loss = None
+        with torch.enable_grad(), closing(self.passes()) as passes:
+            for which in passes:
+                result = closure()
+                loss = result if which == "clean" else loss
+        return loss
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """The base optimizer's step along `.grad`, which it then sets to None. With a closure,
+        `gradient(closure)` first, whose loss it returns.
+
+        Raises:
+            RuntimeError: without a closure and without a loop over `passes()` since the last step.
+        """
+        loss = None if closure is None else self.gradient(closure)
+        grads = self._gradients()
+        if not grads:
+            raise RuntimeError("step() has no gradient: loop over passes() before it, or call step(closure)")
+        # Zero gradients are how torch.distributed.checkpoint has an optimizer set up its state.
+        if not self.has_gradient and any(local(grad).any() for grad in grads):
+            raise RuntimeError(
+                "step() has the gradients of a backward() outside passes(), without any perturbation: call "
+                "backward() in a loop over passes()"
+            )
+        for base in self.bases:
+            base.step()
+        self.zero_grad()
+        return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        super().zero_grad()
+        self.has_gradient = False
+
+    def _passes(self) -> Generator[Pass, None, None]:
+        is_sam = self._is_sam_step()
+        self._refuse_to_drop_gradients()
+        self.zero_grad()
+        try:
+            if is_sam:
+                yield from self._sam_passes()
+            else:
+                yield "clean"
+                self._require_gradients()
+        except BaseException:
+            self.zero_grad()
+            raise
+        self.steps += 1
+        self.sam_steps += is_sam
+        self.propagations += 1 + is_sam
+        self.has_gradient = True
+
+    def _sam_passes(self) -> Generator[Pass, None, None]:
+        devices = {p.device for p in self._parameters()}
+        before = random_state(devices)
+        module: Any = self.module
+        others = self._parameters_of_others()
+        is_local = not self.sync_perturbation and can_skip_averaging(module, bool(others))
+        with true_gradient(module), module.no_sync() if is_local else nullcontext():
+            yield "clean"
+        self._require_gradients()
+        parameters = [p for p in self._parameters() if p.grad is not None]
+        after = random_state(devices)
+        try:
+            with self._perturbed(parameters):
+                kept = self._keep_share_of_clean_gradient(parameters)
+                set_random_state(before)
+                with (
+                    buffers_kept(module),
+                    gradients_kept(others),
+                    accumulating(kept, is_local),
+                ):
+                    yield "perturbed"
+        finally:
+            set_random_state(after)
+        self._require_gradients()
+        if self.gamma != 1:
+            with torch.no_grad():
+                torch._foreach_mul_([local(grad) for grad in self._gradients()], self.gamma)
+        for p in parameters:
+            if p.grad is None:  # used in the clean pass only, so ∇L(θ + ε) is 0 there
+                p.grad = torch.zeros_like(p)
+
+    @contextmanager
+    def _perturbed(self, parameters: list[Tensor]) -> Iterator[None]:
+        """θ + ε inside, θ bit for bit after it."""
+        try:
+            with torch.no_grad():
+                norm = self._perturbation.norm(parameters, self.adaptive)
+                for group, rho in self._groups():
+                    of_group = [p for p in group["params"] if p.grad is not None and p.requires_grad]
+                    self._perturbation.apply(of_group, _divide(rho, norm), self.adaptive)
+            yield
+        finally:
+            with torch.no_grad():
+                self._perturbation.revert()
+
+    @torch.no_grad()
+    def _keep_share_of_clean_gradient(self, parameters: list[Tensor]) -> list[Tensor]:
+        """Scale ∇L(θ) so that γ·(what is kept + ∇L(θ + ε)) is the mix: it needs no second buffer. Returns the
+        parameters whose gradient is kept, none for γ = 1."""
+        if self.gamma == 1:
+            self.zero_grad()  # their memory is free for the perturbed pass
+            return []
+        share = (1 - self.gamma) / self.gamma
+        factor: Any = share
+        if self.mix == "normalized":
+            factor = _divide(share, total_norm(self._gradients()))
+        torch._foreach_mul_([local(grad) for grad in self._gradients()], factor)
+        return parameters
+
+    def _is_sam_step(self) -> bool:
         if self.steps >= self.total_steps:
             raise ValueError(
                 f"step {self.steps + 1} is past the end of the run: total_steps={self.total_steps}"
@@ -133,196 +276,76 @@ class RST(torch.optim.Optimizer):
         p = self.schedule(self.steps, self.total_steps)
         if not -1e-9 <= p <= 1 + 1e-9:
             raise ValueError(f"the schedule gave p = {p} at step {self.steps}, which is no probability")
-        is_sam = uniform(self.seed, self.steps) < p
-        self.has_gradient = False
-        self.zero_grad(set_to_none=True)
-        with torch.enable_grad():
-            loss = self._sam_gradient(closure) if is_sam else self._clean_pass(closure)
-        self.steps += 1
-        self.sam_steps += is_sam
-        self.propagations += 1 + is_sam
-        self.has_gradient = True
-        return loss
+        return uniform(self.seed, self.steps) < p
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """The base optimizer's step along `.grad`; with a closure, `gradient(closure)` first.
-
-        Raises:
-            RuntimeError: without a closure and without `gradient(closure)` since the last step.
-        """
-        loss = None if closure is None else self.gradient(closure)
-        if not self.has_gradient:
-            raise RuntimeError("step() has no gradient: call gradient(closure) before it, or step(closure)")
-        self.has_gradient = False
-        self.base.step()
-        return loss
-
-    def _pass(self, closure: Callable[[], Any]) -> Any:
-        """Call the closure, and see that it adds to the gradients rather than zeroing them.
-
-        Looked at in every pass: a plain step would forgive it, a SAM step, hours later perhaps, would not.
-        """
-        probe = min(self._parameters(), key=Tensor.numel, default=None)
-        if probe is None:
-            raise RuntimeError("no parameter of the optimizer requires a gradient")
-        was_none = probe.grad is None
-        if was_none:
-            probe.grad = torch.zeros_like(probe)
-        with refuse_zeroing(probe) as reached:
-            result = closure()
-        if was_none and not reached:
-            probe.grad = None
-        return result
-
-    def _clean_pass(self, closure: Callable[[], Any]) -> Any:
-        loss = self._pass(closure)
-        if all(p.grad is None for p in self._parameters()):
-            raise RuntimeError("the closure left no gradients: it must call backward() on the loss")
-        return loss
-
-    def _sam_gradient(self, closure: Callable[[], Any]) -> Any:
-        devices = {p.device for p in self._parameters()}
-        before = random_state(devices)
-        local = hasattr(self.module, "no_sync") and not self.sync_perturbation
-        sync = self.module.no_sync() if local else nullcontext()  # type: ignore[union-attr, operator]
-        with true_gradient(self.module), sync:
-            loss = self._clean_pass(closure)
-        after = random_state(devices)
-        perturbed = self._write_perturbed()
-        self._keep_share_of_clean_gradient()
-        set_random_state(before)
-        _swap(perturbed)
-        try:
-            with frozen_batchnorm(self.module):
-                self._pass(closure)
-        finally:
-            _swap(perturbed)
-            set_random_state(after)
-        if self.gamma != 1:
-            torch._foreach_mul_([p.grad for p in self._parameters() if p.grad is not None], self.gamma)
-        for p in perturbed:
-            if p.grad is None:  # used in the clean pass only, so ∇L(θ + ε) is 0 there
-                p.grad = torch.zeros_like(p)
-        return loss
-
-    @torch.no_grad()
-    def _write_perturbed(self) -> dict[Tensor, Tensor]:
-        """θ + ε for each parameter with a gradient, in tensors allocated once: the only extra memory."""
-        grads = {p: p.grad for p in self._parameters() if p.grad is not None}
-        spares = {p: self._spare(p) for p in grads}
-        directions = grads
-        if self.adaptive:
-            directions = spares
-            torch._foreach_copy_(list(spares.values()), list(grads.values()))
-            torch._foreach_mul_(list(spares.values()), list(grads))  # ‖θ·g‖ = ‖|θ|·g‖
-        norm = get_total_norm(list(directions.values()))
-        if self.adaptive:
-            torch._foreach_mul_(list(spares.values()), list(grads))
-        for group in self.param_groups:
-            rho = group.setdefault("rho", self.defaults["rho"])  # a group that the base was given alone
-            params = [p for p in group["params"] if p.grad is not None]
-            if params:
-                of_group = [spares[p] for p in params], params, [directions[p] for p in params]
-                _write_sum(*of_group, _divide(rho, norm))
-        return spares
-
-    @torch.no_grad()
-    def _keep_share_of_clean_gradient(self) -> None:
-        """Scale ∇L(θ) so that γ·(what is kept + ∇L(θ + ε)) is the mix: it needs no second buffer."""
-        if self.gamma == 1:
-            self.zero_grad(set_to_none=True)  # its memory is free for the perturbed pass
+    def _refuse_to_drop_gradients(self) -> None:
+        """After a step there are none. These checks wait for the device, so only where there are some."""
+        grads = [local(grad) for grad in self._gradients()]
+        if not grads:
             return
-        grads = [p.grad for p in self._parameters() if p.grad is not None]
-        share = (1 - self.gamma) / self.gamma
-        normalized = self.mix == "normalized"
-        torch._foreach_mul_(grads, _divide(share, get_total_norm(grads)) if normalized else share)
+        if self.has_gradient:
+            if all(grad.isfinite().all() for grad in grads):  # else GradScaler has skipped the step
+                raise RuntimeError(
+                    "passes() was called again before step(): to accumulate gradients, loop over the "
+                    "micro-batches within one loop over passes(); to leave a step out, call zero_grad()"
+                )
+        elif any(grad.any() for grad in grads):
+            raise RuntimeError(
+                "passes() would drop the gradients of a backward() outside it: call backward() in the loop "
+                "over passes(), also to accumulate micro-batches, or drop them by zero_grad()"
+            )
+
+    def _require_gradients(self) -> None:
+        grads = self._gradients()
+        if not grads:
+            raise RuntimeError(
+                "a pass left no gradients: the body of the loop over passes() (or the closure) must call "
+                "backward() on the loss"
+            )
+        if any(grad.is_sparse for grad in grads):
+            raise TypeError("RST does not take sparse gradients: make the embedding with sparse=False")
+
+    def _groups(self) -> Iterator[tuple[dict[str, Any], float]]:
+        """Each parameter group with its ρ."""
+        for base in self.bases:
+            for group in base.param_groups:
+                yield group, self.rho if "rho" in base.defaults else group.setdefault("rho", self.rho)
 
     def _parameters(self) -> Iterator[Tensor]:
         return (p for group in self.param_groups for p in group["params"] if p.requires_grad)
 
-    def _spare(self, p: Tensor) -> Tensor:
-        spare = self._spares.get(p)
-        if spare is None or (spare.shape, spare.dtype, spare.device) != (p.shape, p.dtype, p.device):
-            spare = self._spares[p] = torch.empty_like(p.data)
-        return spare
+    def _gradients(self) -> list[Tensor]:
+        return [p.grad for p in self._parameters() if p.grad is not None]
 
-    def _follow_base(self) -> None:
-        """Share the base's groups and state, also when `load_state_dict` gives it new ones."""
-
-        def share(base: torch.optim.Optimizer) -> None:
-            rst = reference()
-            if rst is None:
-                return
-            for old, new in zip(rst.param_groups, base.param_groups, strict=True):
-                new.setdefault("rho", old["rho"])  # not in a state that was saved without RST
-            rst.param_groups, rst.state = base.param_groups, base.state
-
-        # Weak, as a cycle would keep the memory of a finished run until the garbage collector comes by.
-        reference = weakref.ref(self)
-        self.base.register_load_state_dict_post_hook(share)
-        share(self.base)
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        if not hasattr(self, "base"):  # Optimizer.__init__ lists the base's own groups
-            super().add_param_group(param_group)
-            return
-        param_group.setdefault("rho", self.defaults["rho"])
-        _check_rho(param_group["rho"])
-        self.base.add_param_group(param_group)
+    def _parameters_of_others(self) -> list[Tensor]:
+        """The module's that are in no base, for some optimizer that RST does not know."""
+        if self.module is None:
+            return []
+        own = {id(p) for group in self.param_groups for p in group["params"]}
+        return [p for p in self.module.parameters() if p.requires_grad and id(p) not in own]
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__.copy()  # Optimizer's own would leave the base behind in a copy
+        return {**self.__dict__, "_loop": None, "_perturbation": Perturbation()}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._follow_base()
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        if hasattr(self, "rho"):
+            _check_rho(param_group.get("rho", self.rho))
+        super().add_param_group(param_group)
 
-    def state_dict(self) -> dict[str, Any]:
-        """The base optimizer's state and the counters, under "rst"."""
-        counters = {"steps": self.steps, "sam_steps": self.sam_steps, "propagations": self.propagations}
-        return {**self.base.state_dict(), "rst": counters}
+    def extra_state(self) -> dict[str, Any]:
+        """What a resumed run goes on from, and what it should have in common with the run that was saved."""
+        schedule = re.sub(r" at 0x[0-9a-f]+", "", repr(self.schedule))
+        counters = {name: getattr(self, name) for name in COUNTERS}
+        return {**counters, "seed": self.seed, "total_steps": self.total_steps, "schedule": schedule}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Raises: ValueError if the state is not one of `RST`."""
-        if "rst" not in state_dict:
-            raise ValueError("this state_dict has no RST counters; load a base optimizer's into `.base`")
-        self.base.load_state_dict({key: value for key, value in state_dict.items() if key != "rst"})
-        for counter in ("steps", "sam_steps", "propagations"):
-            setattr(self, counter, state_dict["rst"][counter])
+    def load_extra_state(self, saved: dict[str, Any]) -> None:
+        """Warns where the state was saved by a run of another seed, schedule or total_steps."""
+        for name, value in self.extra_state().items():
+            if name in COUNTERS:
+                setattr(self, name, saved[name])
+            elif saved[name] != value:
+                warnings.warn(f"the saved run had {name}={saved[name]}, this one has {value}", stacklevel=3)
         self.has_gradient = False
-
-
-def _swap(perturbed: dict[Tensor, Tensor]) -> None:
-    for parameter, spare in perturbed.items():
-        kept = parameter.data
-        parameter.data = spare
-        perturbed[parameter] = kept
-    # An autocast region around the whole step would go on with its low-precision copy of the other weights.
-    torch.clear_autocast_cache()
-
-
-def _write_sum(out: list[Tensor], params: list[Tensor], directions: list[Tensor], scale: Tensor) -> None:
-    """out = params + scale·directions; `out` may be `directions`."""
-    if all(p.device.type == "cpu" for p in params):
-        _write_sum_in_one_pass(out, params, directions, scale)
-    else:
-        _write_sum_in_few_kernels(out, params, directions, scale)
-
-
-def _write_sum_in_one_pass(
-    out: list[Tensor], params: list[Tensor], directions: list[Tensor], scale: Tensor
-) -> None:
-    for to, p, direction in zip(out, params, directions, strict=True):
-        torch.addcmul(p, direction, scale, out=to)
-
-
-def _write_sum_in_few_kernels(
-    out: list[Tensor], params: list[Tensor], directions: list[Tensor], scale: Tensor
-) -> None:
-    if out[0] is not directions[0]:
-        torch._foreach_copy_(out, directions)
-    torch._foreach_mul_(out, scale)
-    torch._foreach_add_(out, params)
 
 
 def _divide(numerator: float, norm: Tensor) -> Tensor:
@@ -344,3 +367,11 @@ def _resolve_gamma(gamma: float | str, schedule: Schedule, total_steps: int) -> 
     if not isinstance(gamma, float | Real) or not 0 < gamma < math.inf:
         raise ValueError(f"gamma must be a finite number above 0, or 'matched', got {gamma!r}")
     return float(gamma)
+
+
+def _check_module(module: nn.Module | None) -> None:
+    for layer in module.modules() if module is not None else ():
+        if getattr(layer, "sparse", False) is True:
+            raise ValueError("RST does not take sparse gradients: make the embedding with sparse=False")
+        if type(layer).__name__ == "FullyShardedDataParallel":
+            raise ValueError("RST works with fully_shard (FSDP2), not with FullyShardedDataParallel (FSDP1)")

@@ -68,6 +68,7 @@ def test_step_needs_a_gradient():
     with pytest.raises(RuntimeError, match="gradient"):
         optimizer.step()
     optimizer.step(lambda: loss_of(model, 0))
+    assert all(p.grad is None for p in model.parameters())
     before = state(model)
     with pytest.raises(RuntimeError, match="gradient"):
         optimizer.step()
@@ -179,7 +180,8 @@ def test_state_dict_continues_identically(base, tmp_path):
     resumed.load_state_dict(states[1])
     torch.set_rng_state(states[2])
     expected = {"steps": 20, "sam_steps": sum(X[:20]), "propagations": 20 + sum(X[:20])}
-    assert states[1]["rst"] == resumed.state_dict()["rst"] == expected
+    (group,) = states[1]["param_groups"]
+    assert expected.items() <= group["rst"].items() == resumed.state_dict()["param_groups"][0]["rst"].items()
     assert take_steps(again, resumed, 20, start=20) == X[20:]
     assert_same_bits(state(again), state(model))
     assert resumed.propagations == optimizer.propagations

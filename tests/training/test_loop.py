@@ -441,6 +441,7 @@ def test_compiled_dropout_is_the_same_in_both_passes():
 
         optimizer.gradient(closure)
         gradients.append(model[2].weight.grad.clone())
+        optimizer.zero_grad()
     assert torch.equal(*gradients) and gradients[0].abs().sum() > 0
 
 

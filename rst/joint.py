@@ -1,0 +1,139 @@
+"""Several optimizers as one, which shares their parameter groups and state."""
+
+import inspect
+from collections import ChainMap
+from collections.abc import Sequence
+from typing import Any
+
+from torch.optim import Optimizer
+
+
+class Joint(Optimizer):
+    """An optimizer over others, the bases: `param_groups` and `state` are theirs, so that learning-rate
+    schedulers, `GradScaler` and the like drive them, and `state_dict` is one optimizer's.
+
+    Args:
+        bases: each for parameters of its own.
+        defaults: of parameter groups, beside those of the bases.
+
+    Raises:
+        TypeError, ValueError: for a base that cannot be one: it needs a closure, or wraps another optimizer.
+    """
+
+    def __init__(self, bases: Sequence[Optimizer], defaults: dict[str, Any]) -> None:
+        self.bases = list(bases)
+        _check(self.bases)
+        for base in reversed(self.bases):
+            defaults = {**defaults, **base.defaults}
+        super().__init__(self.param_groups, defaults)
+
+    @property
+    def base(self) -> Optimizer:
+        """The base optimizer, where there is one."""
+        (base,) = self.bases
+        return base
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The bases'."""
+        if len(self.bases) == 1:
+            return self.bases[0].param_groups
+        return [group for base in self.bases for group in base.param_groups]
+
+    @param_groups.setter
+    def param_groups(self, value: Any) -> None:
+        """`Optimizer.__init__` assigns an empty list, which is not to replace the bases'."""
+
+    @property
+    def state(self) -> Any:
+        """The bases'."""
+        return self.bases[0].state if len(self.bases) == 1 else ChainMap(*(base.state for base in self.bases))
+
+    @state.setter
+    def state(self, value: Any) -> None:
+        """As for `param_groups`."""
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        if not any(param_group is group for group in self.param_groups):  # as Optimizer.__init__ lists them
+            self.base.add_param_group(param_group)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Set all gradients to None, whatever `set_to_none` says."""
+        for base in self.bases:
+            base.zero_grad(set_to_none=True)
+
+    def train(self) -> None:
+        """Pass on to a base that has it, as schedule-free optimizers do."""
+        for base in self.bases:
+            getattr(base, "train", lambda: None)()
+
+    def eval(self) -> None:
+        """As `train`."""
+        for base in self.bases:
+            getattr(base, "eval", lambda: None)()
+
+    def extra_state(self) -> dict[str, Any]:
+        """What `state_dict` holds beside the bases' states."""
+        return {}
+
+    def load_extra_state(self, saved: dict[str, Any]) -> None:
+        """Take up what `extra_state` gave."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """The bases' states as one optimizer's. Each parameter group has `extra_state` as its entry "rst",
+        which torch.distributed.checkpoint saves, too."""
+        for before in self._optimizer_state_dict_pre_hooks.values():
+            before(self)
+        state: dict[str, Any] = {"state": {}, "param_groups": []}
+        first = 0  # the number of a base's first parameter
+        for base in self.bases:
+            part = base.state_dict()
+            numbered = {i + first: value for i, value in part["state"].items()}
+            groups = [
+                {**group, "params": [i + first for i in group["params"]], "rst": self.extra_state()}
+                for group in part["param_groups"]
+            ]
+            first += sum(len(group["params"]) for group in groups)
+            numbered, groups = state["state"] | numbered, state["param_groups"] + groups
+            state |= {**part, "state": numbered, "param_groups": groups}
+        for after in self._optimizer_state_dict_post_hooks.values():
+            state = after(self, state) or state
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Raises ValueError where the state is not such a one, or has other parameter groups."""
+        for before in self._optimizer_load_state_dict_pre_hooks.values():
+            state_dict = before(self, state_dict) or state_dict
+        groups = [dict(group) for group in state_dict["param_groups"]]
+        extra = [group.pop("rst", None) for group in groups]
+        if not all(extra):
+            raise ValueError("this state_dict has no RST counters; load a base optimizer's into `.base`")
+        if len(groups) != len(self.param_groups):
+            raise ValueError(f"the state has {len(groups)} parameter groups, not {len(self.param_groups)}")
+        for base in self.bases:
+            part, groups = groups[: len(base.param_groups)], groups[len(base.param_groups) :]
+            numbers = {i for group in part for i in group["params"]}
+            state = {i: value for i, value in state_dict["state"].items() if i in numbers}
+            base.load_state_dict({**state_dict, "state": state, "param_groups": part})
+        self.load_extra_state(extra[0])
+        for after in self._optimizer_load_state_dict_post_hooks.values():
+            after(self)
+
+
+def _check(bases: list[Any]) -> None:
+    for base in bases:
+        name = type(base).__name__
+        if not isinstance(base, Optimizer):
+            raise TypeError(f"base must be a torch.optim.Optimizer, or a list of them, got {base!r}")
+        if any(isinstance(value, Optimizer) for value in vars(base).values()) or isinstance(base, Joint):
+            raise TypeError(f"{name} wraps an optimizer, so it goes around RST: {name}(RST(...), ...)")
+        closure = inspect.signature(base.step).parameters.get("closure")
+        if closure is not None and closure.default is closure.empty:
+            raise TypeError(
+                f"{name} calls a closure of its own, so it cannot be RST's base: use SGD or AdamW, say"
+            )
+    numbers = [id(p) for base in bases for group in base.param_groups for p in group["params"]]
+    if len(set(numbers)) < len(numbers):
+        raise ValueError("a parameter is in two of the bases")
+    if not bases:
+        raise ValueError("RST needs a base optimizer")

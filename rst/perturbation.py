@@ -1,0 +1,100 @@
+"""Weights moved from θ to θ + ε and back."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils import get_total_norm
+
+
+class Perturbation:
+    """Moves parameters to θ + ε, and back bit for bit, with one extra copy of them, allocated once.
+
+    On the CPU a parameter and its copy change places, which costs nothing. Where something may hold on to a
+    parameter's address (CUDA graphs, a flat buffer, a DTensor's shard), values are copied instead.
+    """
+
+    def __init__(self) -> None:
+        self._copies: dict[Tensor, Tensor] = {}
+        self._swapped: list[Tensor] = []
+        self._overwritten: list[Tensor] = []
+
+    def norm(self, parameters: Sequence[Tensor], adaptive: bool) -> Tensor:
+        """‖g‖₂ of the parameters' gradients together, or ‖|θ|·g‖₂ where `adaptive`: on every rank that of all
+        shards."""
+        tensors: list[Any] = [p.grad for p in parameters]
+        if adaptive:
+            tensors = [
+                p * g if is_sharded(p) else torch.mul(p, g, out=self._copy(p))
+                for p, g in zip(parameters, tensors, strict=True)
+            ]
+        return total_norm(tensors)
+
+    def apply(self, parameters: Sequence[Tensor], scale: Tensor, adaptive: bool) -> None:
+        """θ ← θ + scale·g, or θ + scale·|θ|²·g where `adaptive`. `scale`: a scalar, on any device."""
+        for p in filter(_may_swap, parameters):
+            copy, direction = self._copy(p), p.grad
+            if adaptive:
+                direction = torch.mul(p, p.grad, out=copy).mul_(p.conj())  # type: ignore[arg-type]
+            torch.addcmul(p, direction, scale.to(p.device), out=copy)  # type: ignore[arg-type]
+            self._swap(p)
+            self._swapped.append(p)
+        others = [p for p in parameters if not _may_swap(p)]
+        if others:
+            self._overwritten += others
+            thetas = [local(p) for p in others]
+            torch._foreach_copy_([self._copy(p) for p in others], thetas)
+            for theta, p in zip(thetas, others, strict=True):
+                grad = local(p.grad, p)  # type: ignore[arg-type]
+                direction = grad * theta * theta.conj() if adaptive else grad
+                theta.addcmul_(direction, scale.to(theta.device))
+        torch.clear_autocast_cache()  # of low-precision copies of the weights
+
+    def revert(self) -> None:
+        """θ again, wherever `apply` moved it."""
+        for p in self._swapped:
+            self._swap(p)
+        if self._overwritten:
+            copies = [self._copy(p) for p in self._overwritten]
+            torch._foreach_copy_([local(p) for p in self._overwritten], copies)
+        self._swapped, self._overwritten = [], []
+        torch.clear_autocast_cache()
+
+    def _swap(self, p: Tensor) -> None:
+        p.data, self._copies[p] = self._copies[p], p.data
+
+    def _copy(self, p: Tensor) -> Tensor:
+        theta, copy = local(p.detach()), self._copies.get(p)
+        if copy is None or (copy.shape, copy.dtype, copy.device) != (theta.shape, theta.dtype, theta.device):
+            copy = self._copies[p] = torch.empty_like(theta)
+        return copy
+
+
+def _may_swap(p: Tensor) -> bool:
+    """Whether it is a plain tensor on the CPU, with a storage of its own."""
+    plain = p.device.type == "cpu" and type(p.data) is Tensor
+    return plain and p.untyped_storage().nbytes() == p.nbytes
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether it is a DTensor, as fully_shard and tensor parallelism make them."""
+    return hasattr(tensor, "full_tensor")
+
+
+def local(tensor: Tensor, like: Tensor | None = None) -> Any:
+    """This rank's part of a DTensor, laid out as that of `like` where given; any other tensor itself."""
+    if not is_sharded(tensor):
+        return tensor
+    sharded: Any = tensor
+    return (sharded if like is None else sharded.redistribute(placements=like.placements)).to_local()  # type: ignore[attr-defined]
+
+
+def total_norm(tensors: Sequence[Tensor]) -> Tensor:
+    """‖·‖₂ of all of them together, of DTensors over all ranks."""
+    by_mesh: dict[Any, list[Tensor]] = {}
+    for tensor in tensors:
+        by_mesh.setdefault(getattr(tensor, "device_mesh", None), []).append(tensor)
+    norms: list[Any] = [get_total_norm(group) for group in by_mesh.values()]
+    norms = [norm.full_tensor() if is_sharded(norm) else norm for norm in norms]
+    return norms[0] if len(norms) == 1 else get_total_norm(norms)
