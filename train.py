@@ -1,7 +1,4 @@
-"""Train one model: `python train.py method=rst schedule=linear model=wrn28_10`, or a sweep with `-m`.
-
-What a run does, from its configuration to its result, is in `rst/training/fit.py`.
-"""
+"""Train one model: `python train.py method=rst schedule=linear model=wrn28_10`, or a sweep with `-m`."""
 
 import logging
 import sys
@@ -22,25 +19,14 @@ ROOT = Path(__file__).resolve().parent
 @hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name="train")
 @task
 def main(cfg: DictConfig) -> None:
-    # Here, as importing PyTorch and timm takes seconds, and --help needs neither.
-    from rst.training import distributed
-    from rst.training.device import cpu_threads, lease
-
-    hydra_cfg = HydraConfig.get()
-    run = describe(cfg, hydra_cfg)
+    run = describe(cfg, HydraConfig.get())
     result = run.result()
     if result is not None:
         log.info("%s is complete, nothing to run", run.folder)
     else:
-        from rst.training.fit import train
+        from rst.training.fit import train  # here, as its imports take seconds
 
-        sweep = hydra_cfg.mode is RunMode.MULTIRUN
-        with (
-            cpu_threads(run.config["threads"]),
-            lease(run.config["device"], wait=sweep) as device,
-            distributed.process_group(device),
-        ):
-            result = train(run, device, verbose=not sweep and distributed.is_first())
+        result = train(run, in_sweep=HydraConfig.get().mode is RunMode.MULTIRUN)
     log.info("%s", in_words(run.name, result))
 
 

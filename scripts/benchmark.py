@@ -32,7 +32,7 @@ from rst.benchmark import Figure, Settings
 from rst.experiments.command_line import launch
 from rst.files import write_text
 from rst.training.device import cpu_threads
-from rst.training.run import provenance
+from rst.training.provenance import provenance
 
 ROOT = Path(__file__).resolve().parent.parent
 SECTIONS = {

@@ -30,7 +30,8 @@ from rst.reporting.pages import pipes
 from rst.training.device import cpu_threads
 from rst.training.fit import new_model
 from rst.training.lr_schedule import cosine
-from rst.training.run import Run, provenance
+from rst.training.provenance import provenance
+from rst.training.run import Run
 
 ROOT = Path(__file__).resolve().parent.parent
 CONF = ROOT / "conf"

@@ -33,7 +33,7 @@ from PIL import Image
 
 from rst.experiments.command_line import launch, one_line
 from rst.training.loop import Training
-from rst.training.run import provenance
+from rst.training.provenance import provenance
 
 ROOT = Path(__file__).resolve().parent.parent
 # Two epochs of five steps: checkpoints fall between steps and on the ends of epochs.

@@ -60,8 +60,7 @@ def run_train(run_script):
 
 def command(*arguments, **options):
     """Run a command from the repository's root, with one thread, and return it completed."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"} | options.pop("env", {})
-    environment.pop("HYDRA_FULL_ERROR", None)
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HYDRA_FULL_ERROR": "0"} | options.pop("env", {})
     return subprocess.run(
         list(map(str, arguments)), cwd=ROOT, env=environment, capture_output=True, text=True, **options
     )

@@ -11,7 +11,7 @@ import torch
 from conftest import ROOT
 
 from rst.reporting.statistics import read_runs
-from rst.training.run import provenance
+from rst.training.provenance import provenance
 
 RESULTS = ROOT / "results"
 RECORDED = sorted(path.parent.name for path in RESULTS.glob("*/runs.csv"))

@@ -10,10 +10,11 @@ from unittest import mock
 
 import pytest
 import torch
-from conftest import train_command
+from filelock import FileLock
 
 from rst import expected_propagations, propagations_std
 from rst.schedule import Linear
+from rst.training.run import Run
 
 SHORT = ["protocol=quick", "epochs=2", "model.width=4"]
 
@@ -53,38 +54,35 @@ def test_each_method(tmp_path, run_train):
         assert 0 < result["test_accuracy"] <= result["best_test_accuracy"] <= 1
         assert math.isfinite(result["test_loss"]) and result["images_per_second"] > 0
         assert set(result["seconds"]) == {"train", "evaluate", "data", "total"}
-        assert result["peak_memory_bytes"] > 1e7 and result["threads"] == 1
+        assert result["peak_memory_bytes"] is None and result["threads"] == 1  # memory of a GPU
         assert result["versions"]["torch"] == torch.__version__
         assert result["host"] and result["command"].startswith("python train.py ")
 
 
-def test_a_job_in_a_sweep_equals_the_same_job_alone(tmp_path, run_train):
-    sweep, alone = tmp_path / "sweep", tmp_path / "alone"
-    grid = ["schedule=constant,piecewise", "seed=0,1"]
-    run_train("-m", *SHORT, *grid, f"outputs={sweep}")
-    assert len(results(sweep)) == 4
-    # The last of the sweep, so that three jobs went before it in its process; alone, in a process of its own.
-    done = train_command(*SHORT, "schedule=piecewise", "seed=1", f"outputs={alone}")
-    assert done.returncode == 0, done.stderr
-    single = only(alone.glob("*/result.json")).parent
-    same = sweep / single.name
-    assert without_times(same) == without_times(single)
-    states = [torch.load(folder / "checkpoint.pt", weights_only=True) for folder in (same, single)]
+def assert_same_weights(*folders):
+    states = [torch.load(folder / "checkpoint.pt", weights_only=True) for folder in folders]
     for key, value in states[0]["training"]["model"].items():
         assert torch.equal(value, states[1]["training"]["model"][key]), key
 
 
-def test_a_completed_run_returns_at_once_and_an_interrupted_one_resumes(
-    run_train, tmp_path, monkeypatch, caplog
-):
+def test_a_job_in_a_sweep_equals_the_same_job_alone(tmp_path, run_train):
+    sweep, alone = tmp_path / "sweep", tmp_path / "alone"
+    run_train(*SHORT, "schedule=piecewise", "seed=1", f"outputs={alone}")
+    run_train("-m", *SHORT, "schedule=constant,piecewise", "seed=0,1", f"outputs={sweep}")
+    assert len(results(sweep)) == 4
+    single = only(alone.glob("*/result.json")).parent
+    same = sweep / single.name  # the last one of the sweep
+    assert without_times(same) == without_times(single)
+    assert_same_weights(same, single)
+
+
+def test_a_complete_run_returns_at_once_and_an_interrupted_one_resumes(run_train, tmp_path, monkeypatch):
     arguments = [*SHORT, "epochs=3", "method=grst", f"outputs={tmp_path / 'whole'}"]
     run_train(*arguments)
     whole = only((tmp_path / "whole").glob("digits*"))
     written = (whole / "result.json").stat().st_mtime_ns
     run_train(*arguments)
     assert (whole / "result.json").stat().st_mtime_ns == written
-
-    from rst.training.run import Run
 
     append = Run.append
 
@@ -103,9 +101,7 @@ def test_a_completed_run_returns_at_once_and_an_interrupted_one_resumes(
     assert len(without_times(folder)) == 2 and not (folder / "result.json").exists()
     run_train(*broken)
     assert without_times(folder) == without_times(whole)
-    states = [torch.load(path / "checkpoint.pt", weights_only=True) for path in (folder, whole)]
-    for key, value in states[0]["training"]["model"].items():
-        assert torch.equal(value, states[1]["training"]["model"][key]), key
+    assert_same_weights(folder, whole)
 
 
 def test_wandb_offline_holds_accuracy_and_propagations(tmp_path, run_train, monkeypatch, capsys):
@@ -155,36 +151,31 @@ def test_a_model_that_diverges_in_its_last_step_is_no_result(run_train, tmp_path
 
 
 @pytest.mark.parametrize(
-    "content",
-    ["", '{"schema": 0}', "[1]", '{"schema": 1, "id": "01234567"}'],
-    ids=["truncated", "other schema", "list", "other run"],
+    "content", ["", '{"schema": 1, "id": "r1234567"}'], ids=["damaged", "of another run"]
 )
-def test_a_result_that_cannot_be_read_is_not_complete_and_is_kept(run_train, tmp_path, content, capsys):
+def test_a_result_that_does_not_count_is_kept_and_the_run_done_again(run_train, tmp_path, content, capsys):
     arguments = [*SHORT, "epochs=1", f"outputs={tmp_path}"]
     run_train(*arguments)
     folder = only(tmp_path.glob("digits*"))
     whole = json.loads((folder / "result.json").read_text())
     (folder / "result.json").write_text(content)
     run_train(*arguments)
-    assert capsys.readouterr().out.count("the run counts as not complete") == 1
+    assert capsys.readouterr().out.count("does not count as complete") == 1
     assert (folder / "result.json.old").read_text() == content
-    again = json.loads((folder / "result.json").read_text())
-    assert again["test_loss"] == whole["test_loss"]
+    assert json.loads((folder / "result.json").read_text())["test_loss"] == whole["test_loss"]
 
 
-def test_a_run_in_progress_elsewhere_is_left_alone(run_train, tmp_path):
-    from rst.training.run import Run
-
+def test_a_run_that_another_process_is_running_is_left_alone(run_train, tmp_path):
     arguments = [*SHORT, "epochs=1", f"outputs={tmp_path}"]
     run_train(*arguments)
     folder = only(tmp_path.glob("digits*"))
     (folder / "result.json").unlink()
     run = Run(tmp_path, {}, {}, "")
     with mock.patch.object(Run, "folder", folder), run.lock():
-        holder = f"process {os.getpid()} on {socket.gethostname()}"
-        assert (folder / ".holder").read_text() == holder
-        done = train_command(*arguments)
-    assert done.returncode == 1 and done.stderr == f"error: {folder} is being run by {holder}\n"
+        process = f"process {os.getpid()} on {socket.gethostname()}"
+    with FileLock(folder / ".lock"), pytest.raises(SystemExit) as ended:
+        run_train(*arguments)
+    assert ended.value.code == f"error: {folder} is being run by {process}"
     assert not (folder / "result.json").exists()
     run_train(*arguments)  # the lock is free again
     assert (folder / "result.json").exists()
@@ -196,17 +187,3 @@ def test_a_diverging_run_stops_and_keeps_the_last_good_checkpoint(run_train, tmp
         run_train(*arguments, "optimizer.lr=1e30")
     folder = only(tmp_path.glob("digits*"))
     assert not (folder / "result.json").exists() and not (folder / "checkpoint.pt").exists()
-
-
-def test_an_error_on_the_command_line_and_in_a_sweep(tmp_path, run_train, capsys):
-    done = train_command("protocol=quick", "schedule.p=1.5", f"outputs={tmp_path}")
-    assert done.returncode == 1 and done.stdout == ""
-    assert done.stderr == "error: the schedule's p must be a number in [0, 1], got 1.5\n"
-    # One bad job lets the other finish, and the sweep still fails.
-    with pytest.raises(SystemExit, match=r"^error: the schedule's p must be"):
-        run_train("-m", *SHORT, "schedule.p=1.5,0.5", "seed=0", f"outputs={tmp_path}")
-    printed, errors = capsys.readouterr()
-    assert "Traceback" not in printed + errors and "error in" in printed and "schedule.p=1.5" in printed
-    assert len(results(tmp_path)) == 1
-    done = train_command("protocol=quick", "schedule.p=1.5", env={"HYDRA_FULL_ERROR": "1"})
-    assert done.returncode == 1

@@ -19,10 +19,10 @@ from timm.data.transforms import RandomResizedCropAndInterpolation
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from rst.interruption import SIGNALS
-
 CPU = torch.device("cpu")
 MOST_WORKERS = 256  # each takes memory of its own: thousands of them would take all there is
+# These ask a run to end, which the main process does in order.
+FOR_MAIN_PROCESS = (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class Reader(Protocol):
@@ -107,12 +107,13 @@ def _from_workers(loader: DataLoader) -> Iterator[Any]:
     """The loader's batches.
 
     Raises:
-        RuntimeError: where a batch is waited for whose worker has died; it may take 5 seconds to notice.
+        ChildProcessError: where a batch is waited for whose worker has died; it may take 5 seconds to notice.
             PyTorch would raise it from a handler of SIGCHLD, at once but wherever the main thread is: while
             the other workers are being told to end, say, which they then never are.
     """
     others, on_death = active_children(), signal.getsignal(signal.SIGCHLD)
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # until `_begin_worker` has dealt with them
+    # Until `_begin_worker` has dealt with them.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, *FOR_MAIN_PROCESS))
     try:
         batches = iter(loader)
     finally:
@@ -127,10 +128,18 @@ def _from_workers(loader: DataLoader) -> Iterator[Any]:
         for worker in workers:
             if worker.sentinel in ended:
                 worker.join()
-                code = worker.exitcode or 0
-                how = f"is killed by signal: {signal.strsignal(-code)}" if code < 0 else f"exited with {code}"
-                raise RuntimeError(f"DataLoader worker (pid {worker.pid}) {how}") from None
+                raise _death(worker.exitcode or 0) from None
         raise
+
+
+def _death(exit_code: int) -> ChildProcessError:
+    """What a user can do about it."""
+    how = f"exited with {exit_code}" if exit_code >= 0 else f"was killed: {signal.strsignal(-exit_code)}"
+    hint = {
+        -signal.SIGBUS: "shared memory is full: enlarge /dev/shm, or set dataset.workers=0, which needs none",
+        -signal.SIGKILL: "probably for lack of memory: use fewer dataset.workers",
+    }.get(exit_code, "with dataset.workers=0 the main process decodes, and its error says more")
+    return ChildProcessError(f"a process that decodes images {how}; {hint}")
 
 
 def _begin_worker(parent: int, number: int) -> None:
@@ -145,9 +154,9 @@ def _begin_worker(parent: int, number: int) -> None:
     if os.getppid() != parent:
         os._exit(1)
     os.setpgrp()
-    for signal_number in set(SIGNALS) - {signal.SIGTERM}:
+    for signal_number in FOR_MAIN_PROCESS:
         signal.signal(signal_number, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGTERM, *FOR_MAIN_PROCESS))
 
 
 def open_image(reader: Reader, index: int, mode: str = "RGB") -> Image.Image:

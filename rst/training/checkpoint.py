@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
+from pydantic import PositiveFloat, PositiveInt
 
 from rst.files import write_atomically
 
@@ -31,22 +32,14 @@ def require_space(folder: Path, n_bytes: int) -> None:
 
 class Every:
     """When a checkpoint is due: at each multiple of `every_steps` and of `every_epochs`, and `every_minutes`
-    after the last one; None is never. The end of a run is for the caller to see to.
-
-    Raises:
-        ValueError: for a number that is not above 0, or steps and epochs that are no whole number.
-    """
+    after the last one; None is never. The end of a run is up to the caller."""
 
     def __init__(
-        self, every_steps: int | None, every_epochs: int | None, every_minutes: float | None
+        self,
+        every_steps: PositiveInt | None,
+        every_epochs: PositiveInt | None,
+        every_minutes: PositiveFloat | None,
     ) -> None:
-        for name, value in {"every_steps": every_steps, "every_epochs": every_epochs}.items():
-            if value is not None and (type(value) is not int or value < 1):
-                raise ValueError(
-                    f"checkpoint.{name} must be a whole number of at least 1, or null, got {value!r}"
-                )
-        if every_minutes is not None and (isinstance(every_minutes, bool | str) or not every_minutes > 0):
-            raise ValueError(f"checkpoint.every_minutes must be above 0, or null, got {every_minutes!r}")
         self.every_steps, self.every_epochs, self.every_minutes = every_steps, every_epochs, every_minutes
         self._steps, self._time = 0, time.monotonic()
 

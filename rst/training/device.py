@@ -107,12 +107,6 @@ def keep_memory() -> None:
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: free memory that is kept
 
 
-def release_memory() -> None:
-    """Give the system back what `keep_memory` kept."""
-    if platform.libc_ver()[0] == "glibc":
-        ctypes.CDLL(None).malloc_trim(0)
-
-
 @contextmanager
 def cpu_threads(number: int | None) -> Iterator[None]:
     """Run with that many threads (None: as many as now) and set the former number back."""

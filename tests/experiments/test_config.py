@@ -1,24 +1,20 @@
 """Every option composes and builds; presets hold only keys that exist, and win."""
 
-import inspect
 import re
-from dataclasses import replace
 
 import pytest
-import torch
 from conftest import ROOT
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 import rst
-import rst.experiments.command_line  # registers the resolver that conf/train.yaml uses
-from rst.data import ImageData
-from rst.experiments.settings import check_groups
-from rst.training.loop import Training
+import rst.experiments.choices  # registers the resolver that conf/train.yaml uses
+from rst.training.parts import GIVEN, part, rehearse
+from rst.training.settings import read_settings
 
 CONF = ROOT / "conf"
-GROUPS = sorted({path.parent.name for path in CONF.glob("*/*.yaml")} - {"table", "columns"})
+GROUPS = [*GIVEN, "protocol", "recipe"]
 OPTIONS = [(group, path.stem) for group in GROUPS for path in sorted((CONF / group).glob("*.yaml"))]
 PRESETS = sorted(p for p in CONF.rglob("*.yaml") if p.read_text().startswith("# @package _global_"))
 
@@ -43,14 +39,14 @@ def unknown_keys(preset, group=None):
     """Keys of a preset that the configuration it applies to does not have."""
     chosen = []
     for default in preset.get("defaults", []):
-        if isinstance(default, dict):  # else a preset beside it, which is checked for itself
+        if isinstance(default, dict):  # else another preset, which has its own check
             ((key, option),) = default.items()
             if key.startswith("override "):
                 chosen.append(f"{key.removeprefix('override ').removeprefix('/')}={option}")
     base = OmegaConf.to_container(composed(*chosen))
-    # A method, say, *is* its node: what it holds is checked by building it. Not every optimizer has an l2.
-    own = {"defaults", "hydra", group} | ({"l2"} if group == "optimizer" else set())
-    values = {k: v for k, v in preset.items() if k not in own}
+    # A method's options, say, are checked by building it. `l2` comes from conf/optimizer.
+    elsewhere = {"defaults", "hydra", group} | ({"l2"} if group == "optimizer" else set())
+    values = {k: v for k, v in preset.items() if k not in elsewhere}
     return sorted(set(leaves(values)) - set(leaves(base)))
 
 
@@ -80,44 +76,12 @@ def test_defaults_are_cifar10_and_rst():
     assert len((CONF / "train.yaml").read_text().splitlines()) <= 60
 
 
-@pytest.fixture(scope="module")
-def tiny_data():
-    images = torch.randint(0, 256, (8, 3, 32, 32), dtype=torch.uint8)
-    labels = torch.arange(8) % 2
-    return ImageData(images, labels, images, labels, ("a", "b"), (0.5,) * 3, (0.25,) * 3)
-
-
 @pytest.mark.parametrize(("group", "option"), OPTIONS, ids=lambda value: value)
-def test_every_option_builds(group, option, tiny_data, tmp_path):
-    """Calls each node as train.py does: a wrong keyword in a `_partial_` only raises then."""
-    config = OmegaConf.to_container(composed(f"{group}={option}"), resolve=True)
-    check_groups(config)
-
-    def build(name):
-        return instantiate(config[name], _convert_="all")
-
-    if group in ("dataset", "tracker", "model", "protocol"):
-        # Data that may be absent, and models of a size that has tests of its own: the keywords are bound.
-        late = {
-            "dataset": {},
-            "model": {"num_classes": 2, "in_chans": 3, "image_size": (32, 32)},
-            "tracker": {"run_name": "r", "group": "g", "tags": [], "folder": tmp_path, "config": {}},
-        }
-        for name in late if group == "protocol" else [group]:
-            target = instantiate({**config[name], "_partial_": True})
-            inspect.signature(target.func).bind(**target.keywords, **late[name])
-        return
-    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 32 * 32, 2))
-    optimizer = build("method")(
-        build("optimizer")(model.parameters()), build("schedule"), 4, module=model, seed=0
-    )
-    assert isinstance(optimizer, rst.RST)
-    augment = replace(build("augment"), random_resized_crop=False)  # for streamed images: test_imagenet.py
-    training = Training(
-        model, optimizer, build("lr_schedule"), tiny_data, augment, epochs=1, batch_size=2, seed=0
-    )
-    (metrics,) = [each for each in training.run() if each]
-    assert metrics["steps"] == 4
+def test_every_option_can_be_built(group, option, tmp_path):
+    """Data that may be absent and models are built elsewhere: here their options are checked."""
+    settings = read_settings(OmegaConf.to_container(composed(f"{group}={option}"), resolve=True))
+    rehearse(settings)
+    part(settings.tracker)(run_name="r", group="g", tags=[], folder=tmp_path, config={})
 
 
 @pytest.mark.parametrize(
@@ -132,18 +96,13 @@ def test_every_option_builds(group, option, tiny_data, tmp_path):
         ("schedule=piecewise3", rst.Piecewise(0.25, 0.75, 0.5)),
         ("schedule=linear1", rst.Linear(0.0, 0.5)),
         ("schedule=linear2", rst.Linear(0.25, 0.75)),
+        ("schedule=linear schedule.rising=false", rst.Linear(0.5, 0.0)),
+        ("schedule=piecewise schedule.rising=false", rst.Piecewise(1.0, 0.0, 0.25)),
+        ("schedule=trigonometric schedule.rising=false", rst.Cosine(0.5, 0.0)),
     ],
 )
 def test_schedules_take_p(override, schedule):
-    assert instantiate(composed(override, "schedule.p=0.25").schedule) == schedule
-
-
-def test_families_take_a_direction():
-    falling = ["schedule.p=0.75", "schedule.rising=false"]
-    assert instantiate(composed("schedule=linear", *falling).schedule) == rst.Linear(1.0, 0.5)
-    assert instantiate(composed("schedule=piecewise", *falling).schedule) == rst.Piecewise(1.0, 0.0, 0.75)
-    assert instantiate(composed("schedule=trigonometric", *falling).schedule) == rst.Cosine(1.0, 0.5)
-    assert instantiate(composed("schedule=constant", *falling).schedule) == rst.Constant(0.75)
+    assert instantiate(composed(*override.split(), "schedule.p=0.25").schedule) == schedule
 
 
 def test_every_preset_says_where_its_numbers_come_from():

@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from rst.interruption import SIGNALS, Interruption
+from rst.training.interruption import SIGNALS, Interruption
 
 # Eight epochs of six steps, some 0.3 s each on this project's machines; a checkpoint an epoch.
 ARGUMENTS = [
@@ -72,7 +72,7 @@ def test_another_rank_was_told_to_end():
 def test_ctrl_c_after_another_signal_ends_the_process_within_a_long_operation():
     """One of Python's own, in C, in which it runs no handlers; a repeated SIGTERM does not end it."""
     code = (
-        "from rst.interruption import Interruption\n"
+        "from rst.training.interruption import Interruption\n"
         "with Interruption() as interruption:\n"
         "    print('ready', flush=True)\n"
         "    while not interruption.requested(): pass\n"
@@ -139,7 +139,7 @@ def test_a_run_ends_in_order_and_goes_on_from_there(number, tmp_path, run_train)
     assert seconds < 5
     assert "Traceback" not in started.output
     state = state_of(started.folder)
-    steps = state["optimizer"]["rst"]["steps"]
+    steps = state["optimizer"]["param_groups"][0]["rst"]["steps"]
     assert steps == 6 * len(state["metrics"]) + state["epoch"]["steps"] < 48
     assert not (started.folder / "result.json").exists() and not list(started.folder.glob(".*.tmp"))
     if number == signal.SIGTERM:
@@ -155,4 +155,6 @@ def test_ctrl_c_twice_leaves_the_last_checkpoint_whole(tmp_path):
     code, seconds = started.end(signal.SIGINT, signal.SIGINT)
     assert code == -signal.SIGINT and seconds < 2
     state = state_of(started.folder)
-    assert state["epoch"]["steps"] == 0 and state["optimizer"]["rst"]["steps"] == len(state["metrics"])
+    assert state["epoch"]["steps"] == 0 and state["optimizer"]["param_groups"][0]["rst"]["steps"] == len(
+        state["metrics"]
+    )

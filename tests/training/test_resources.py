@@ -1,10 +1,9 @@
-"""A machine that runs out of disk, memory or processes, or that is not to be trusted."""
+"""A machine that runs out of disk, memory or processes, and names that are not to be trusted."""
 
-import ast
 import errno
+import gc
 import multiprocessing
 import os
-import re
 import resource
 import shutil
 import signal
@@ -21,10 +20,10 @@ from conftest import ROOT, command
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from torch.utils.data import get_worker_info
 
 from rst import files
 from rst.data import evaluation_batches, image_files, image_folder
-from rst.interruption import SIGNALS
 from rst.training import checkpoint
 from rst.training.run import LONGEST_NAME, Run
 
@@ -72,8 +71,7 @@ def test_a_full_disk_from_the_start(run_train, tmp_path):
     with largest_file(8), pytest.raises(SystemExit) as stopped:
         run_train(*RUN, f"outputs={tmp_path}")
     assert stopped.value.code == (
-        f"error: cannot write to outputs={tmp_path} ({os.strerror(errno.EFBIG)}): make room and repeat the "
-        "command, which goes on from the last checkpoint"
+        f"error: cannot write to outputs={tmp_path} ({os.strerror(errno.EFBIG)}); choose another folder"
     )
 
 
@@ -114,7 +112,7 @@ def test_out_of_memory_names_what_to_change(run_train, tmp_path):
     with pytest.raises(SystemExit) as stopped:
         run_train("protocol=quick", "model.width=2000000", f"outputs={tmp_path / 'outputs'}")
     assert stopped.value.code == (
-        "error: out of memory with batch_size=64 and model=resnet8 (asked for 144000000000000 bytes): try "
+        "error: out of memory with batch_size=64 and model=resnet8: try "
         "grad_accumulation=2, precision=bf16, a smaller batch_size or a smaller model"
     )
     assert not (tmp_path / "outputs").exists()
@@ -158,38 +156,30 @@ def streamed(images, outputs):
 
 
 @pytest.mark.parametrize(
-    ("number", "cause"),
+    ("number", "hint"),
     [
-        (signal.SIGKILL, "Killed); usually for want of memory: use fewer dataset.workers"),
-        (
-            signal.SIGBUS,
-            "Bus error); shared memory is full: enlarge /dev/shm, or set dataset.workers=0, which",
-        ),
+        (signal.SIGKILL, "Killed; probably for lack of memory: use fewer dataset.workers"),
+        (signal.SIGBUS, "Bus error; shared memory is full: enlarge /dev/shm, or set dataset.workers=0"),
     ],
     ids=["SIGKILL", "SIGBUS"],
 )
-def test_a_worker_that_is_killed(number, cause, images, tmp_path):
-    """At work, as for want of memory, and in the middle of an epoch."""
-    code = (
-        "import os, runpy\n"
-        "from torch.utils.data import get_worker_info\n"
-        "from rst.data import image_files\n"
-        "open_image, opened = image_files.open_image, []\n"
-        "def die(reader, index, mode):\n"
-        "    opened.append(index)\n"
-        "    if (worker := get_worker_info()) and worker.id == 0 and len(opened) == 20:\n"
-        "        print('killed', os.getpid(), flush=True)\n"
-        f"        os.kill(os.getpid(), {int(number)})\n"
-        "    return open_image(reader, index, mode)\n"
-        "image_files.open_image = die\n"
-        "runpy.run_path('train.py', run_name='__main__')"
-    )
-    done = command(sys.executable, "-c", code, *streamed(images, tmp_path / "outputs"), timeout=120)
-    (pid,) = re.findall(r"^killed (\d+)$", done.stdout, re.MULTILINE)
-    start = f"error: a process that decodes images has failed (DataLoader worker (pid {pid}) is killed by "
-    (line,) = re.findall(r"^\0?(error: .*)$", done.stderr, re.MULTILINE)  # the worker writes to it, too
-    assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert line.startswith(f"{start}signal: {cause}")
+def test_a_worker_that_is_killed(number, hint, images, tmp_path, run_train, monkeypatch):
+    """At work, as for lack of memory, and in the middle of an epoch."""
+    open_image, opened = image_files.open_image, []
+
+    def die(reader, index, mode):
+        opened.append(index)
+        if (worker := get_worker_info()) and worker.id == 0 and len(opened) == 20:
+            os.kill(os.getpid(), number)
+        return open_image(reader, index, mode)
+
+    monkeypatch.setattr(image_files, "open_image", die)
+    with at_most(120), pytest.raises(SystemExit) as stopped:
+        run_train(*streamed(images, tmp_path / "outputs"))
+    assert stopped.value.code.startswith(f"error: a process that decodes images was killed: {hint}")
+    del stopped  # whose traceback holds on to the other worker
+    gc.collect()
+    assert not multiprocessing.active_children()
 
 
 def test_an_error_while_workers_are_at_work_ends_the_run(run_train, images, tmp_path):
@@ -224,7 +214,7 @@ def test_workers_leave_signals_to_the_main_process_but_end_by_sigterm(images):
     batches = evaluation_batches(data, 1)
     next(batches)
     (worker,) = multiprocessing.active_children()
-    for number in set(SIGNALS) - {signal.SIGTERM}:
+    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
         os.kill(worker.pid, number)
     assert len(list(batches)) == 11 and worker.exitcode == 0
     assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == before
@@ -235,7 +225,7 @@ def test_workers_leave_signals_to_the_main_process_but_end_by_sigterm(images):
     time.sleep(0.2)  # until it waits: killed as it holds one of PyTorch's locks, it would hold it for ever
     subprocess.run(["kill", str(worker.pid)], check=True)  # not from its parent, for which it ends with 0
     time.sleep(0.2)  # where PyTorch's own error would come
-    with at_most(30), pytest.raises(RuntimeError, match="killed by signal: Terminated"):
+    with at_most(30), pytest.raises(ChildProcessError, match="killed: Terminated"):
         list(batches)
     assert worker.exitcode == -signal.SIGTERM
 
@@ -245,7 +235,7 @@ def test_a_signal_to_the_process_group_leaves_the_workers_at_work(images):
     code = (
         "import sys\n"
         "from rst.data import evaluation_batches, image_folder\n"
-        "from rst.interruption import Interruption\n"
+        "from rst.training.interruption import Interruption\n"
         "data = image_folder(sys.argv[1], in_memory=False, workers=2)\n"
         "with Interruption() as interruption:\n"
         "    batches = evaluation_batches(data, 1)\n"
@@ -298,51 +288,6 @@ def test_a_worker_whose_parent_is_gone_before_it_begins():
         worker.start()
         worker.join()
         assert worker.exitcode == code
-
-
-IMPORTS = {"pickle", "marshal", "shelve", "dill", "cloudpickle", "system", "popen"}
-CALLS = {"eval", "exec", "compile", "__import__", "os.system", "os.popen", "yaml.load", "joblib.load"}
-
-
-def risks(source):
-    """What could run a text, or what somebody put into a file."""
-    found = []
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Import | ast.ImportFrom):
-            found += IMPORTS & {getattr(node, "module", None), *(alias.name for alias in node.names)}
-        if isinstance(node, ast.Call):
-            name = ast.unparse(node.func)
-            words = {word.arg: ast.unparse(word.value) for word in node.keywords}
-            found += CALLS & {name}
-            found += ["torch.load"] if name == "torch.load" and words.get("weights_only") != "True" else []
-            found += [word for word in ("shell", "allow_pickle") if words.get(word, "False") != "False"]
-    return found
-
-
-def test_nothing_runs_what_a_file_holds():
-    sources = [ROOT / "train.py", *(ROOT / "rst").rglob("*.py"), *(ROOT / "scripts").rglob("*.py")]
-    assert len(sources) > 30
-    assert {path.name: found for path in sources if (found := risks(path.read_text()))} == {}
-
-
-@pytest.mark.parametrize(
-    ("source", "found"),
-    [
-        ("eval(text)", ["eval"]),
-        ("model.eval(); re.compile(text); subprocess.run(command, shell=False)", []),
-        ("torch.load(path)", ["torch.load"]),
-        ("torch.load(path, weights_only=False)", ["torch.load"]),
-        ("torch.load(path, 'cpu', weights_only=True)", []),
-        ("import pickle as p", ["pickle"]),
-        ("from os import system", ["system"]),
-        ("os.system(command)", ["os.system"]),
-        ("subprocess.run(command, shell=flag)", ["shell"]),
-        ("np.load(path)", []),
-        ("np.load(path, allow_pickle=True)", ["allow_pickle"]),
-    ],
-)
-def test_what_would_be_found(source, found):
-    assert risks(source) == found
 
 
 TEXTS = st.text(max_size=300) | st.sampled_from(["", ".", "..", "../..", "a/b", "/etc", "\0", "é" * 300])

@@ -1,0 +1,93 @@
+"""The parts of a run: what each configuration group's `_target_` builds."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from hydra.utils import instantiate
+from torch import nn
+
+from rst.draws import draw
+from rst.schedule import Schedule, Warmup
+from rst.training.checkpoint import Every
+from rst.training.settings import Settings, check_options
+
+# The arguments of each group's target that are not options: they come from the run.
+GIVEN = {
+    "dataset": (),
+    "augment": (),
+    "model": ("num_classes", "in_chans", "image_size"),
+    "optimizer": ("params",),
+    "schedule": (),
+    "method": ("base", "schedule", "total_steps", "module", "seed"),
+    "lr_schedule": ("progress",),
+    "tracker": ("run_name", "group", "job_type", "tags", "folder", "config"),
+}
+
+
+def part(node: Mapping[str, Any]) -> partial[Any]:
+    """A group's target with its options, to be called with what the run gives.
+
+    Raises:
+        ValueError: the group has no target.
+    """
+    if "_target_" not in node:
+        raise ValueError("a _target_ is needed, the function or class that builds it")
+    return instantiate({**node, "_partial_": True}, _convert_="all")
+
+
+def rehearse(settings: Settings) -> None:
+    """Build what can be built without data, the optimizer on a single weight, so that options which cannot
+    work are refused within seconds.
+
+    Raises:
+        ValueError: naming the group, and the option where its name or its type is wrong.
+    """
+    check_options("checkpoint", Every, settings.checkpoint)
+    parts = {}
+    for group, given in GIVEN.items():
+        with _named(group):
+            parts[group] = part(getattr(settings, group))
+        check_options(group, parts[group].func, getattr(settings, group), given)
+    with _named("optimizer"):
+        base = parts["optimizer"]([nn.Parameter(torch.zeros(1))])
+    with _named("schedule"):
+        schedule = parts["schedule"]()
+    with _named("method"):
+        parts["method"](base, schedule, total_steps=10_000, seed=settings.seed)
+    with _named("augment"):
+        parts["augment"]()
+    with _named("lr_schedule"):
+        parts["lr_schedule"](0.0)
+
+
+@contextmanager
+def _named(group: str) -> Iterator[None]:
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{group}: {error}") from error
+
+
+def new_model(config: Mapping[str, Any], data: Any) -> nn.Module:
+    """The run's model as it is before the first step, on the CPU."""
+    torch.manual_seed(draw(config["seed"], "init"))
+    _, channels, height, width = data.train_images.shape
+    build = part(config["model"])
+    model = build(num_classes=len(data.classes), in_chans=channels, image_size=(height, width))
+    return model.to(memory_format=torch.channels_last if config["channels_last"] else torch.preserve_format)
+
+
+def schedule_of(config: Mapping[str, Any], epoch_steps: int) -> Schedule:
+    """The run's schedule, with its warmup."""
+    schedule = part(config["schedule"])()
+    warmup = config["warmup_epochs"]
+    return Warmup(schedule, warmup * epoch_steps) if warmup else schedule
+
+
+def checkpoint_bytes(parameters: int, config: Mapping[str, Any]) -> int:
+    """Size of a checkpoint: float32 weights, and the optimizer's one or two buffers per weight."""
+    buffers = 2 if "Adam" in config["optimizer"]["_target_"] else 1
+    return 4 * parameters * (1 + buffers)
