@@ -1,10 +1,7 @@
-"""Tables as Markdown, CSV and LaTeX. A report is one table, or several of the same rows, a setting each."""
+"""Pages about tables, in Markdown, and tables in LaTeX."""
 
 import math
-import re
-import textwrap
-import unicodedata
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,314 +10,269 @@ import pandas as pd
 from tabulate import tabulate
 
 from rst.files import write_text
-from rst.reporting.statistics import METRICS, MIN_SEEDS, SHARPNESS, Estimate, Statistics, estimate_of
+from rst.reporting.records import HOW_SHARP, SHARPNESS
+from rst.reporting.statistics import MIN_SEEDS, SHARPNESS_NAMES, Estimate, Summary, estimate_of
 
-LATEX_METRICS = ("test_error", "interval", "difference_to_reference", "eta", "time")
-_COUNTED = rf"^(test_error|difference|{'|'.join(SHARPNESS)}).*\.n$"
-SETTINGS_ACROSS = 3  # of a LaTeX matrix: what a page's width holds
-HEADING = 11  # characters of a line of a LaTeX table's heading: no wider than the cells below it
-
-_CLAIM = f"n ≥ {MIN_SEEDS} and not all equal; not corrected for the number of rows"
-_DIFFERENCE = (
-    "Difference: this row's error minus the other's of the same seed, over the seeds both have (n where they "
-    "are not all of the row's; negative is better), and its 95 % t-interval. Only where * stands does the "
-    f"interval exclude 0 ({_CLAIM}); elsewhere no difference is established."
+USUAL = ("test_error", "difference_to_reference", "eta", "time")
+DETAILS = (
+    "interval",
+    "difference_to_baseline",
+    "test_loss",
+    "eta_expected",
+    "best_epoch",
+    *SHARPNESS,
+    "published",
 )
-_ETA = "η: average propagation count, forward-backward passes per step: 1 for SGD, 2 for SAM."
-_NOTES = {
-    "test_error": "{Split} error: mean ± sample standard deviation s over n seeds, at the last epoch.",
-    "interval": "Interval: 95 % t-interval of the mean, ± t(0.975, n−1)·s/√n.",
-    "difference_to_reference": _DIFFERENCE,
-    "difference_to_baseline": _DIFFERENCE,
-    "eta": _ETA,
-    "eta_expected": _ETA,
-    "time": "Time: training seconds over {baseline}'s of the same seed, the median over seeds; given for the "
-    "same host, device, ranks and thread count only.",
-    "loss": "L(θ): mean cross entropy on training images without augmentation, network in evaluation mode; "
-    "mean ± s of the runs measured.",
-    "lambda_max": "λ_max: largest eigenvalue of the Hessian of L.",
-    "in_ball": "L(θ + ε) − L(θ): what SAM's perturbation of the run's ρ adds.",
-    "along": "L(θ ± d/2) − L(θ): what half a filter-normalised random direction d adds. Unlike λ_max and ε "
-    "it does not depend on the scale of weights that a BatchNorm follows.",
-    "best_epoch": "Best epoch: chosen on the {split} data, hence too low; the last epoch is the result.",
+METRICS = USUAL + DETAILS
+HEADLINES = {
+    "forest": "{split} error, difference to {reference} with its 95 % interval, by propagation count",
+    "error": "{split} error against propagation count",
 }
-SHARPNESS_NAMES = dict(zip(SHARPNESS, ("L(θ)", "λ_max", "L(θ + ε) − L(θ)", "L(θ ± d/2) − L(θ)"), strict=True))
-_MATRIX = (
-    "{Split} error in percent at the last epoch: mean ± sample standard deviation over n seeds. Only where * "
-    "stands does the 95 % t-interval of the difference to {reference}, paired by seed, exclude 0 "
-    f"({_CLAIM} and settings); elsewhere no difference to it is established."
-)
-_SYMBOLS = (
-    "α:alpha β:beta γ:gamma δ:delta ε:epsilon η:eta θ:theta λ:lambda μ:mu π:pi ρ:rho σ:sigma "
-    "±:pm ×:times ·:cdot √:surd ≥:geq ≤:leq →:rightarrow †:dagger"
-)
-_LATEX = {
-    **{character: f"\\{character}" for character in "&%$#_{}"},
-    **{character: f"${character}$" for character in "<>|"},
-    **{pair[0]: f"$\\{pair[2:]}$" for pair in _SYMBOLS.split()},
-    "\\": r"\textbackslash{}",
-    "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}",
-    "*": "$^{*}$",
-    "[": "{[}",  # at a row's start it would be an argument of the \\ before
-    "²": "$^2$",
-    "−": "$-$",
-    "–": "--",
-    "—": "---",
-    "⁄": "/",  # the fraction bar that ½ is decomposed to
+FIGURES = {
+    "curves": "{split} error and training loss during training",
+    "sharpness": "sharpness of the minima",
 }
+READING = (
+    "{Split} error at the last epoch: mean ± sample standard deviation over n seeds. Differences are this "
+    "row's error minus {reference}'s of the same seed; negative is better. Their 95 % t-intervals are not "
+    "corrected for the number of rows. η: propagations (forward-backward passes) per step, 1 for SGD and 2 "
+    "for SAM. Time: training seconds relative to {baseline}'s of the same seed (median), where both are from "
+    "one machine."
+)
+MATRIX = (
+    "{Split} error (%) at the last epoch: mean ± sample standard deviation over n seeds. * marks a "
+    "difference to {reference}, paired by seed, whose 95 % t-interval excludes 0, not corrected for the "
+    "number of comparisons."
+)
+READING_DETAILS = (
+    "Interval: 95 % t-interval of the mean. The best epoch's error is too low: {split} data chose it."
+)
+READING_SHARPNESS = (
+    "L(θ): mean cross entropy on training images without augmentation, with the network in evaluation mode. "
+    "λ_max: largest eigenvalue of its Hessian, comparable only at similar L(θ). L(θ + ε) − L(θ): increase by "
+    "SAM's perturbation at the run's ρ. L(θ ± d/2) − L(θ): increase along half a filter-normalised random "
+    "direction d; unlike λ_max and ε it does not depend on the scale of weights that BatchNorm follows."
+)
+# Of each row's runs, the distinct values of these columns of the records say where the numbers come from.
+SOURCES = {
+    "Code": ("commit", "dirty"),
+    "Software": tuple(f"versions.{name}" for name in ("python", "torch", "cuda", "rst")),
+    "Machine": ("host", "device", "device_name", "ranks", "threads"),
+    "Sharpness": tuple(f"sharpness.{name}" for name in HOW_SHARP),
+}
+RECORDED = [name for names in SOURCES.values() for name in names]
+LATEX = str.maketrans(
+    {"±": r"$\pm$", "−": "$-$", "–": "--", "×": r"$\times$", "†": r"$\dagger$"}
+    | {letter: rf"$\{name}$" for letter, name in zip("γηλρ", ("gamma", "eta", "lambda", "rho"), strict=True)}
+)
 
 
-def write_report(tables: Sequence[Statistics], path: Path) -> None:
-    """Write `to_markdown`, `to_csv` or `to_latex` of the report, as `path` ends in .md, .csv or .tex. LaTeX's
-    label is `tab:<folder>-<stem>`. Other endings raise ValueError."""
-    if path.suffix == ".md":
-        text = to_markdown(tables)
-    elif path.suffix == ".csv":
-        text = to_csv(tables)
-    elif path.suffix == ".tex":
-        text = to_latex(tables, f"tab:{path.absolute().parent.name}-{path.stem}")
-    else:
-        raise ValueError(f"{path}: a table is written as .md, .csv or .tex")
-    write_text(path, text)
+def page(summaries: Sequence[Summary], figures: Collection[str]) -> str:
+    """A table's README.md. First, of each column, the figures of `HEADLINES` and the metrics asked for, by
+    default those of `USUAL`; then the other figures and metrics, commands and provenance.
+
+    Args:
+        figures: the names of those there are, such as "forest", or "noise-0.2/forest" of a column.
+    """
+    first, several = summaries[0], len(summaries) > 1
+
+    def images(summary: Summary, names: Mapping[str, str]) -> list[str]:
+        there = {place(summary, summaries) + name: alt for name, alt in names.items()}
+        return [f"![{_worded(alt, summary)}]({path}.png)" for path, alt in there.items() if path in figures]
+
+    parts = [f"# {first.title}"]
+    if several:
+        parts += [pipes(_matrix(summaries)), _worded(MATRIX, first)]
+    for summary in summaries:
+        parts += [f"## {summary.name}"] * several + [f"{summary.setting}.", *images(summary, HEADLINES)]
+        parts += [pipes(cells(summary, summary.metrics or USUAL)), *_remarks(summary)]
+        parts += [_worded(READING, summary)] * (summary is first)
+    parts += ["## Schedules", "![p(t) of each schedule, and the share of SAM steps taken](schedules.png)"]
+    for summary in summaries:
+        parts += [f"## Details{f': {summary.name}' * several}", *images(summary, FIGURES)]
+        if summary.metrics is None:
+            shown = _details(summary)
+            parts += [pipes(cells(summary, shown)), _worded(READING_DETAILS, summary)]
+            parts += [READING_SHARPNESS] * (SHARPNESS[0] in shown)
+        commands = zip(summary.frame["label"], summary.frame["command"], strict=True)
+        parts += [pipes([{"Method": label, "Command": f"`{command}`"} for label, command in commands])]
+        parts += ["\n".join(f"- {line}" for line in _provenance(summary.frame))]
+    return "\n\n".join(parts) + "\n"
 
 
-def to_markdown(tables: Sequence[Statistics]) -> str:
-    """Title, setting, a GitHub pipe table, the notes needed to read it, and the provenance. Of several
-    settings first the matrix of test errors, rows × settings, then each setting's table."""
-    first, common = _check(tables), _common(tables)
-    if len(tables) == 1:
-        notes = [*_definitions(first, METRICS), *_remarks(first), *common]
-        return "\n\n".join([f"# {first.title}", first.setting, _full(first), _bullets(notes)]) + "\n"
-    general = [_worded(_MATRIX, first), *_definitions(first, METRICS)]
-    parts = [f"# {first.title}", pipes(_matrix(tables)), _bullets(general)]
-    if common:
-        parts += ["Of every setting:", _bullets(common)]
-    for table in tables:
-        own = [*_remarks(table), *(line for line in table.provenance if line not in common)]
-        parts += [f"## {table.column}", table.setting, _full(table), _bullets(own)]
-    return "\n\n".join(filter(None, parts)) + "\n"
+def place(summary: Summary, summaries: Sequence[Summary]) -> str:
+    """Where a column's figures are in the table's folder: of several columns, each has a folder."""
+    return f"{summary.name}/" if len(summaries) > 1 else ""
 
 
-def to_csv(tables: Sequence[Statistics]) -> str:
-    """`Statistics.frame` of each setting below the other's, the numbers in full precision; first a column
-    `setting` (in short), last `conditions` (the setting in full)."""
-    _check(tables)
-    text = ""
-    for table in tables:
-        frame = table.frame.assign(conditions=table.setting)
-        frame.insert(0, "setting", table.column)
-        text += frame.to_csv(index=False, lineterminator="\n", header=not text)
-    return text
+def cells(summary: Summary, metrics: Sequence[str]) -> list[dict[str, str]]:
+    """A line a row of the table: its label and these of `METRICS`, as text under their headings."""
+    lines = []
+    for row in summary.frame.to_dict("records"):
+        texts = {"Method": row["label"]}
+        for metric in metrics:
+            heading, text = _cell(summary, row, metric)
+            texts[heading] = text if row["test_error.n"] or metric == "published" else row["status"]
+        lines.append(texts)
+    return lines
 
 
-def to_latex(tables: Sequence[Statistics], label: str) -> str:
-    """A `table` environment in ASCII that needs no package but booktabs: the rows of the one setting, or the
-    matrix of test errors. Notes and provenance stand below it, the commands above in comments."""
-    first, common = _check(tables), _common(tables)
-    if len(tables) == 1:
-        caption, blocks = f"{first.title}. {first.setting}.", [_lines(first, LATEX_METRICS)]
-        notes = [*_definitions(first, LATEX_METRICS), *_remarks(first), *common]
-    else:
-        caption = f"{first.title}: {first.split} error (%)."
-        starts = range(0, len(tables), SETTINGS_ACROSS)
-        blocks = [_matrix(tables[i : i + SETTINGS_ACROSS]) for i in starts]
-        notes = [_worded(_MATRIX, first), *common]
-        for table in tables:
-            own = [*_remarks(table), *(line for line in table.provenance if line not in common)]
-            notes.append(" ".join([f"{table.column}: {table.setting}.", *own]))
-    commands = [
-        f"{line['label']}: {line['command']}" for table in tables for line in table.frame.to_dict("records")
-    ]
-    comments = [f"% {text}".encode("ascii", "backslashreplace").decode() for text in dict.fromkeys(commands)]
-    lines = [
-        r"% Needs \usepackage{booktabs}. The rows' commands:",
-        *comments,
-        r"\begin{table}",
-        r"\centering",
-        r"\footnotesize\setlength{\tabcolsep}{3pt}",
-        rf"\caption{{{escape_latex(caption)}}}",
-        rf"\label{{{re.sub('[^A-Za-z0-9:.-]', '-', label)}}}",
-        "\n\\par\\medskip\n".join(map(_tabular, blocks)),
-        r"\par\medskip\raggedright",
-        *(escape_latex(note) for note in notes),
-        r"\end{table}",
-    ]
-    return "\n".join(lines) + "\n"
+def _cell(summary: Summary, row: dict[Any, Any], metric: str) -> tuple[str, str]:
+    """Heading and text."""
+    split, error = summary.split, estimate_of(row, "test_error")
+
+    def difference(label: str) -> str:
+        gap = estimate_of(row, f"difference_to_{label}")
+        return f"{points(gap)}{_count(gap, error.n)}" if gap.n else "–"
+
+    match metric:
+        case "test_error":
+            return (
+                f"{split.capitalize()} error (%)",
+                f"{spread(error)}{_count(error, row['n_expected'], True)}",
+            )
+        case "interval":
+            return "95 % interval (%)", interval(error) or "–"
+        case "difference_to_reference":
+            return f"Difference to {summary.reference} (points)", difference(summary.reference)
+        case "difference_to_baseline":
+            return f"Difference to {summary.baseline} (points)", difference(summary.baseline)
+        case "eta" | "eta_expected":
+            return {"eta": "η", "eta_expected": "η expected"}[metric], f"{row[f'{metric}.mean']:.3f}"
+        case "time":
+            return f"Time / {summary.baseline}'s", "–" if np.isnan(row["time"]) else f"{row['time']:.2f}"
+        case "best_epoch":
+            best = estimate_of(row, "best_epoch_error")
+            return f"Best epoch (%), chosen on {split} data", spread(best)
+        case "published":
+            value, source = row["published_error"], row["published_source"]
+            return "Published (%)", "unknown" if np.isnan(value) else f"{value:g} ({source})"
+        case _:
+            value = estimate_of(row, metric)
+            text = f"{_significant(value)}{_count(value, error.n)}" if value.n else "not measured"
+            return SHARPNESS_NAMES.get(metric, "Test loss (nats)"), text
 
 
-def escape_latex(text: str) -> str:
-    """ASCII that LaTeX sets as `text`: special characters escaped, symbols in math mode, accents left out. An
-    unknown character shows as [U+…]."""
-
-    def escape(character: str) -> str:
-        if character in _LATEX:
-            return _LATEX[character]
-        if character.isascii():
-            return character
-        plain = "".join(c for c in unicodedata.normalize("NFKD", character) if not unicodedata.combining(c))
-        return f"{{[}}U+{ord(character):04X}]" if plain == character else escape_latex(plain)
-
-    return "".join(map(escape, text))
-
-
-def _tabular(lines: list[dict[str, str]]) -> str:
-    wrapped = [map(escape_latex, textwrap.wrap(head, HEADING, break_long_words=False)) for head in lines[0]]
-    heads = [r"\shortstack{" + r"\\".join(head) + "}" for head in wrapped]
-    body = [" & ".join(map(escape_latex, line.values())) + r" \\" for line in lines]
-    body = [line.replace(" $^{*}$", r"\rlap{$^{*}$}") for line in body]  # digits stay below digits
-    begin, end = rf"\begin{{tabular}}{{@{{}}l{'r' * (len(heads) - 1)}@{{}}}}", r"\end{tabular}"
-    parts = [begin, r"\toprule", " & ".join(heads) + r" \\", r"\midrule", *body, r"\bottomrule", end]
-    return "\n".join(parts)
-
-
-def _check(tables: Sequence[Statistics]) -> Statistics:
-    """The first of the report's tables. ValueError unless all have its title, rows and metrics."""
-    if not tables:
-        raise ValueError("a report needs at least one table")
-    kinds = {(t.title, *t.frame["label"], t.reference, t.baseline, t.metrics, t.split) for t in tables}
-    columns = [table.column for table in tables]
-    if len(kinds) > 1 or len(set(columns)) < len(columns):
-        raise ValueError(
-            "the tables of a report have one title, the same rows, references and metrics, and each its own "
-            f"column; got {', '.join(f'{table.title!r} in {table.column!r}' for table in tables)}"
-        )
-    return tables[0]
-
-
-def _common(tables: Sequence[Statistics]) -> list[str]:
-    return [line for line in tables[0].provenance if all(line in table.provenance for table in tables)]
-
-
-def _worded(note: str, table: Statistics) -> str:
-    names = {"reference": table.reference, "baseline": table.baseline}
-    return note.format(split=table.split, Split=table.split.capitalize(), **names)
-
-
-def _definitions(table: Statistics, usual: Sequence[str]) -> list[str]:
-    shown = [_worded(_NOTES[m], table) for m in _shown(table, usual) if m in _NOTES]
-    return list(dict.fromkeys(shown))
-
-
-def _remarks(table: Statistics) -> list[str]:
-    """What is particular in this table: failed runs, times not given, few seeds."""
-    frame, remarks = table.frame, []
-    for line in frame[frame["failures"] != ""].to_dict("records"):
-        remarks.append(f"{line['label']} failed: {line['failures']}.")
-    no_time = (frame["seeds"] != "") & frame[f"time_relative_to_{table.baseline}"].isna()
-    if "time" in (table.metrics or METRICS) and no_time.any():
-        blank = ", ".join(frame.loc[no_time, "label"])
-        remarks.append(f"No time for {blank}: no {table.baseline} of these seeds on the same machine.")
-    if frame.filter(regex=_COUNTED).isin(range(1, MIN_SEEDS)).any(axis=None):
-        remarks.append(f"† fewer than {MIN_SEEDS} seeds: no ground for a comparison.")
-    return remarks
-
-
-def _full(table: Statistics) -> str:
-    """The Markdown table of a setting. A row that failed says why in its first cell."""
-    lines = _lines(table, METRICS)
-    for line, row in zip(lines, table.frame.to_dict("records"), strict=True):
-        if head := next((head for head, text in line.items() if text == "failed"), None):
-            line[head] = f"failed: {row['first_failure']}"
-        line["Command"] = f"`{row['command']}`"
-    return pipes(lines)
-
-
-def pipes(lines: list[dict[str, str]]) -> str:
-    """A GitHub pipe table."""
+def pipes(lines: Sequence[Mapping[str, str]]) -> str:
+    """A GitHub table."""
     escaped = [{k.replace("|", r"\|"): v.replace("|", r"\|") for k, v in line.items()} for line in lines]
     return tabulate(escaped, headers="keys", tablefmt="pipe", disable_numparse=True)
 
 
-def _bullets(lines: Sequence[str]) -> str:
-    return "\n".join(f"- {line}" for line in lines)
+def to_latex(summaries: Sequence[Summary]) -> str:
+    """A `tabular` for the package booktabs: a column's usual metrics or, of several columns, the matrix of
+    errors. What to say of it in a caption stands above it in comments."""
+    first = summaries[0]
+    several = len(summaries) > 1
+    frame = pd.DataFrame(_matrix(summaries) if several else cells(first, first.metrics or USUAL))
+    style = frame.style.hide(axis="index").format(escape="latex").format_index(escape="latex", axis="columns")
+    tabular = style.to_latex(hrules=True, column_format="l" + "r" * (frame.shape[1] - 1))
+    settings = [f"{summary.name}: {summary.setting}".removeprefix(": ") for summary in summaries]
+    note = _worded(MATRIX if several else READING, first)
+    comments = [f"% {line}\n" for line in (first.title, *settings, note, *_provenance(first.frame))]
+    return "".join(comments) + tabular.translate(LATEX)
 
 
-def _matrix(tables: Sequence[Statistics]) -> list[dict[str, str]]:
-    """Of each row the test error in each setting, marked * where it differs from the reference's."""
-    lines = [{"Method": label} for label in tables[0].frame["label"]]
-    for table in tables:
-        for cells, line in zip(lines, table.frame.to_dict("records"), strict=True):
-            star = " *" * estimate_of(line, f"difference_to_{table.reference}").excludes_zero
-            cells[table.column] = _error(line) + star
-    return lines
+def fill(page: Path, marker: str, block: str) -> None:
+    """Put `block` between the page's lines <!-- marker --> and <!-- end -->.
+
+    Raises:
+        ValueError: the page has no such lines.
+    """
+    text = page.read_text()
+    start, end = f"<!-- {marker} -->\n", "<!-- end -->"
+    before, found, rest = text.partition(start)
+    _, closed, after = rest.partition(end)
+    if not (found and closed):
+        raise ValueError(f"{page} has no lines {start.strip()} and {end}")
+    write_text(page, f"{before}{start}{block}\n{end}{after}")
 
 
-def _lines(table: Statistics, usual: Sequence[str]) -> list[dict[str, str]]:
-    """Of each row its label and the metrics shown, each under its heading."""
-    return [
-        {"Method": line["label"], **dict(_cell(table, line, metric) for metric in _shown(table, usual))}
-        for line in table.frame.to_dict("records")
-    ]
+def points(value: Estimate) -> str:
+    """A difference in percentage points, with its interval where it has one."""
+    return " ".join(filter(None, [_number(value.mean, "+"), interval(value, "+")]))
 
 
-def _shown(table: Statistics, usual: Sequence[str]) -> list[str]:
-    """The metrics that are shown: those asked for, else the usual ones, sharpness where it was measured."""
-    if table.metrics:
-        return list(table.metrics)
-    measured = [name for name in SHARPNESS if table.frame.get(f"{name}.n", pd.Series(dtype=int)).any()]
-    return [name for name in usual if name not in SHARPNESS or name in measured]
+def spread(value: Estimate) -> str:
+    return _number(value.mean) + (f" ± {value.std:.2f}" if value.n > 1 else "")
 
 
-def _cell(table: Statistics, line: dict[Any, Any], metric: str) -> tuple[str, str]:
-    """Heading and text of one of `METRICS`."""
-    error, time = estimate_of(line, "test_error_percent"), line[f"time_relative_to_{table.baseline}"]
-    best, published = estimate_of(line, "best_epoch_error_percent"), line["published_error_percent"]
-    known = "unknown" if np.isnan(published) else f"{published:g} ({line['published_source']})"
-    heading, text = {
-        "test_error": (f"{table.split.capitalize()} error, last epoch (%)", _error(line)),
-        "interval": ("95 % interval", _interval(error) or "–"),
-        "difference_to_reference": _difference(line, table.reference),
-        "difference_to_baseline": _difference(line, table.baseline),
-        "eta": ("η measured", f"{line['eta.mean']:.3f}"),
-        "eta_expected": ("η expected", f"{line['eta_expected.mean']:.3f}"),
-        "time": (f"Time / {table.baseline}'s", "" if np.isnan(time) else f"{time:.2f}"),
-        "best_epoch": (f"Best epoch (%), chosen on {table.split} data", _mean(best)),
-        **{name: (heading, _sharpness(line, name)) for name, heading in SHARPNESS_NAMES.items()},
-        "published": ("Published (%)", known),
-    }[metric]
-    return heading, text if error.n or metric == "published" else line["status"]
-
-
-def _error(line: dict[Any, Any]) -> str:
-    error, partial = estimate_of(line, "test_error_percent"), line["status"] == "partial"
-    asked = f" of {line['n_expected']}" if partial else ""
-    return f"{_mean(error)} {_count(error, asked)}" if error.n else line["status"]
-
-
-def _difference(line: dict[Any, Any], name: str) -> tuple[str, str]:
-    gap = estimate_of(line, f"difference_to_{name}")
-    count = _count(gap) if gap.n < line["test_error_percent.n"] else ""
-    parts = [points(gap), count, "*" * gap.excludes_zero]
-    return f"Difference to {name} (points)", " ".join(filter(None, parts)) if gap.n else "–"
-
-
-def _sharpness(line: dict[Any, Any], name: str) -> str:
-    """Three significant digits of the mean, and the standard deviation to the same place."""
-    if f"{name}.n" not in line or not (value := estimate_of(line, name)).n:
-        return "not measured"
-    digits = max(0, 2 - math.floor(math.log10(abs(value.mean)))) if value.mean else 2
-    spread = f" ± {value.std:.{digits}f}" if value.n > 1 else ""
-    count = f" {_count(value)}" if value.n < line["test_error_percent.n"] else ""
-    return f"{value.mean:.{digits}f}{spread}{count}"
-
-
-def points(gap: Estimate) -> str:
-    """A difference in percentage points with its interval, where there is one."""
-    return " ".join(filter(None, [_number(gap.mean, "+"), _interval(gap, "+")]))
+def interval(value: Estimate, sign: str = "") -> str:
+    ends = f"[{_number(value.low, sign)}, {_number(value.high, sign)}]"
+    return "" if np.isnan(value.low) else ends
 
 
 def _number(x: float, sign: str = "") -> str:
     return f"{round(x, 2) + 0.0:{sign}.2f}".replace("-", "−")  # + 0.0: no negative zero
 
 
-def _mean(value: Estimate) -> str:
-    return _number(value.mean) + (f" ± {value.std:.2f}" if value.n > 1 else "")
+def _significant(value: Estimate) -> str:
+    """Three significant digits of the mean, the standard deviation to the same place."""
+    digits = max(0, 2 - math.floor(math.log10(abs(value.mean)))) if value.mean else 2
+    return f"{value.mean:.{digits}f}" + (f" ± {value.std:.{digits}f}" if value.n > 1 else "")
 
 
-def _interval(value: Estimate, sign: str = "") -> str:
-    return f"[{', '.join(_number(end, sign) for end in value.interval)}]" if value.n > 1 else ""
+def _count(value: Estimate, asked: int, always: bool = False) -> str:
+    """(n = 5 of 8); nothing where it is as many as asked, unless `always`."""
+    of = f" of {asked}" if value.n < asked else ""
+    text = f" (n = {value.n}{of}{' †' * (value.n < MIN_SEEDS)})"
+    return text if of or always else ""
 
 
-def _count(value: Estimate, asked: str = "") -> str:
-    return f"(n = {value.n}{asked}{' †' * (value.n < MIN_SEEDS)})"
+def _matrix(summaries: Sequence[Summary]) -> list[dict[str, str]]:
+    """The error of each row in each column, with * where it differs from the reference's."""
+    lines = [{"Method": label} for label in summaries[0].frame["label"]]
+    for summary in summaries:
+        rows = summary.frame.to_dict("records")
+        for line, row, text in zip(lines, rows, cells(summary, ["test_error"]), strict=True):
+            gap = estimate_of(row, f"difference_to_{summary.reference}")
+            differs = gap.n >= MIN_SEEDS and (gap.low > 0 or gap.high < 0)
+            line[summary.name] = [*text.values()][1] + " *" * differs
+    return lines
+
+
+def _details(summary: Summary) -> list[str]:
+    return [name for name in DETAILS if _is_measured(summary.frame) or name not in SHARPNESS]
+
+
+def _remarks(summary: Summary) -> list[str]:
+    frame, remarks = summary.frame, []
+    for label, reason in zip(frame["label"], frame["failures"], strict=True):
+        remarks += [f"{label} failed: {reason}."] * bool(reason)
+    without = frame.loc[(frame["test_error.n"] > 0) & frame["time"].isna(), "label"]
+    if len(without):
+        remarks.append(
+            f"No time: {', '.join(without)} (no {summary.baseline} of these seeds on one machine)."
+        )
+    if frame["test_error.n"].between(1, MIN_SEEDS - 1).any():
+        remarks.append(f"† Fewer than {MIN_SEEDS} seeds: no ground for a comparison.")
+    return remarks
+
+
+def _provenance(frame: pd.DataFrame) -> list[str]:
+    """How many runs there are and when they finished; their seeds, code, software and machine, and for what
+    differs between rows, which rows have what."""
+    frame = frame[frame["test_error.n"] > 0]
+    if frame.empty:
+        return ["No run has finished."]
+    runs = {run for cell in frame["runs"] for run in cell.split()}
+    days = sorted({frame["first_finished"].min()[:10], frame["last_finished"].max()[:10]})
+    lines = [f"Runs: {len(runs)}, finished {' to '.join(days)} (UTC)."]
+    for name, columns in {"Seeds": ("seeds",), **SOURCES}.items():
+        rows: dict[str, list[str]] = {}
+        for line in frame.to_dict("records"):
+            said = ", ".join(f"{column.split('.')[-1]} {line[column]}" for column in columns)
+            said = said.removeprefix("seeds ")
+            rows.setdefault(said, []).append(line["label"])
+        each = rows if len(rows) == 1 else [f"{said} ({', '.join(labels)})" for said, labels in rows.items()]
+        lines.append(f"{name}{', MIXED' * (len(rows) > 1)}: {'; '.join(each)}.")
+    return lines if _is_measured(frame) else lines[:-1]
+
+
+def _is_measured(frame: pd.DataFrame) -> bool:
+    return bool(frame["lambda_max.n"].any())
+
+
+def _worded(note: str, summary: Summary) -> str:
+    names = {"reference": summary.reference, "baseline": summary.baseline}
+    return note.format(split=summary.split, Split=summary.split.capitalize(), **names)

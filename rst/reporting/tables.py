@@ -1,22 +1,22 @@
-"""What a table asks for: its columns, their rows, and the runs of each row."""
+"""A table: what is asked for, and what the records say of it."""
 
-import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-from rst.files import write_text
-from rst.reporting.figures import (
-    error_against_propagations,
-    schedule_figure,
-    sharpness_figure,
-    training_curves,
-)
-from rst.reporting.pages import to_csv, to_markdown
-from rst.reporting.records import Records
-from rst.reporting.statistics import METRICS as METRICS
-from rst.reporting.statistics import build_table
+import numpy as np
+import pandas as pd
+
+from rst.files import write_atomically, write_text
+from rst.reporting import figures, pages
+from rst.reporting.records import SHARPNESS, Records
+from rst.reporting.statistics import Summary, estimate, on_one_machine, paired_difference, values
 from rst.schedule import Schedule
+
+METRICS = pages.METRICS
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Column:
     """One setting, in which all rows of a table are compared.
 
     Args:
-        name: short, such as "noise-0.2"; "" where a table has one column.
+        name: short, such as "noise-0.2", for a folder and a heading where the table has several columns.
         setting: in full: protocol, data, model, augmentation, epochs, batch size.
         rows: the same labels in every column of a table.
         split: the images that the error is measured on, "test" or "validation".
@@ -54,8 +54,12 @@ class Column:
 
 @dataclass(frozen=True)
 class Table:
-    """Differences are to the row labelled `reference`, times relative to `baseline`'s. `metrics` are those of
-    `METRICS` to show, None for the usual ones."""
+    """Differences are to the row labelled `reference`, times relative to that labelled `baseline`. `metrics`
+    are those of `METRICS` that the page shows, None for the usual ones.
+
+    Raises:
+        ValueError: for two rows with one label, a label that no row has, or an unknown metric.
+    """
 
     name: str
     title: str
@@ -63,6 +67,20 @@ class Table:
     baseline: str
     columns: list[Column]
     metrics: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if unknown := set(self.metrics or ()) - set(METRICS):
+            raise ValueError(
+                f"unknown metrics {', '.join(sorted(unknown))}; choose from {', '.join(METRICS)}"
+            )
+        for column in self.columns:
+            labels = [row.label for row in column.rows]
+            if twice := {label for label in labels if labels.count(label) > 1}:
+                raise ValueError(f"two rows with one label: {', '.join(sorted(twice))}")
+            if unknown := {self.reference, self.baseline} - set(labels):
+                raise ValueError(
+                    f"no row is labelled {', '.join(sorted(unknown))}; rows: {', '.join(labels)}"
+                )
 
 
 def write_table(
@@ -80,33 +98,122 @@ def write_table(
     Args:
         failures: why runs failed, in a line, by run id.
         schedules: of each row's label, drawn for `total_steps` steps with the coin of `seed`.
-        for_print: also the figures as PDF and the table as LaTeX.
+        for_print: also write the figures as PDF and the table as LaTeX.
     """
     folder = folder / table.name
     folder.mkdir(parents=True, exist_ok=True)
-    report = [
-        build_table(
-            table.title,
-            column.setting,
-            column.rows,
-            records.joined,
-            table.reference,
-            table.baseline,
-            column=column.name,
-            failures=failures,
-            metrics=table.metrics,
-            split=column.split,
-        )
-        for column in table.columns
+    summaries = [summarize(table, column, records.joined, failures) for column in table.columns]
+    drawn = {"schedules": figures.schedules(schedules, total_steps, seed)}
+    for summary in summaries:
+        place = pages.place(summary, summaries)
+        (folder / place).mkdir(exist_ok=True)
+        drawn |= {f"{place}{name}": one for name, one in figures.of_column(summary, records.curves).items()}
+    files = {
+        "README.md": pages.page(summaries, drawn),
+        "table.csv": to_csv(summaries),
+        "manifest.json": json.dumps(_manifest(summaries), indent=1, ensure_ascii=False) + "\n",
+    }
+    if for_print:
+        files["table.tex"] = pages.to_latex(summaries)
+    for name, text in files.items():
+        write_text(folder / name, text)
+    images = [f"{name}.{suffix}" for name in drawn for suffix in ("png", "pdf")[: 1 + for_print]]
+    for image in images:
+        stem, suffix = image.rsplit(".", 1)
+        write_atomically(folder / image, partial(drawn[stem].savefig, format=suffix))
+    return [folder / name for name in (*files, *images)]
+
+
+def read_table(folder: Path) -> list[Summary]:
+    """The columns of the table that `write_table` wrote to `folder`."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    lines = pd.read_csv(folder / "table.csv", keep_default_na=False, na_values=[""])
+    return [
+        Summary(**column, frame=lines[lines["column"].fillna("") == column["name"]].reset_index(drop=True))
+        for column in manifest
     ]
-    write_text(folder / "README.md", to_markdown(report))
-    write_text(folder / "table.csv", to_csv(report))
-    for column in report:
-        place = folder if len(report) == 1 else folder / re.sub(r"[^A-Za-z0-9_.=-]+", "-", column.column)
-        place.mkdir(exist_ok=True)
-        error_against_propagations(column, place / "error")
-        training_curves(column, records.curves, place / "curves")
-        if set(" ".join(column.frame["runs"]).split()) & set(records.sharpness["id"]):
-            sharpness_figure(column, records.sharpness, place / "sharpness")
-    schedule_figure(schedules, total_steps, seed, folder / "schedules")
-    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def summarize(table: Table, column: Column, records: pd.DataFrame, failures: Mapping[str, str]) -> Summary:
+    """The statistics of each row over those of its runs that the records (`Records.joined`) have. A row is
+    complete, partial, failed (no run finished and at least one failed) or not run."""
+    rows = {row.label: row for row in column.rows}
+    reference, baseline = rows[table.reference], rows[table.baseline]
+    frame = pd.DataFrame([_line(row, reference, baseline, records, failures) for row in column.rows])
+    names = (table.title, column.name, column.setting, column.split, table.reference, table.baseline)
+    return Summary(*names, table.metrics, frame)
+
+
+def to_csv(summaries: Sequence[Summary]) -> str:
+    """All that is known of each row of each column, numbers in full precision."""
+    lines = [summary.frame.assign(column=summary.name, setting=summary.setting) for summary in summaries]
+    frame = pd.concat(lines)
+    first = ["column", "label"]
+    return frame[[*first, *frame.columns.drop(first)]].to_csv(index=False, lineterminator="\n")
+
+
+def _manifest(summaries: Sequence[Summary]) -> list[dict[str, Any]]:
+    names = [field.name for field in fields(Summary) if field.name != "frame"]
+    return [{name: getattr(summary, name) for name in names} for summary in summaries]
+
+
+def _line(
+    row: Row, reference: Row, baseline: Row, records: pd.DataFrame, failures: Mapping[str, str]
+) -> dict[str, Any]:
+    group = records[records["id"].isin([*row.runs.values()])]
+    finished = {seed: run for seed, run in sorted(row.runs.items()) if run in set(group["id"])}
+    failed = {
+        seed: failures[run] for seed, run in row.runs.items() if run in failures and seed not in finished
+    }
+    status = "partial" if finished else "failed" if failed else "not run"
+    measured = {
+        name: values(name, row.runs, records)
+        for name in ("test_error", "test_loss", "eta", "eta_expected", "best_epoch_error", *SHARPNESS)
+    }
+    for other in (reference, baseline):
+        theirs = values("test_error", {} if other is row else other.runs, records)
+        measured[f"difference_to_{other.label}"] = paired_difference(measured["test_error"], theirs)
+    estimates = {
+        f"{name}.{part}": number
+        for name, of_seeds in measured.items()
+        for part, number in asdict(estimate(of_seeds)).items()
+    }
+    return {
+        "label": row.label,
+        "method": _distinct(group, "choices.method"),
+        "status": "complete" if len(finished) == len(row.runs) else status,
+        "n_expected": len(row.runs),
+        **estimates,
+        "time": _relative_time(row, baseline, records),
+        "published_error": np.nan if row.published is None else row.published,
+        "published_source": row.source,
+        "seeds": " ".join(map(str, finished)),
+        "failures": _by_reason(failed),
+        **{name: _distinct(group, name) for name in pages.RECORDED},
+        "first_finished": group["finished"].min(),
+        "last_finished": group["finished"].max(),
+        "runs": " ".join(finished.values()),
+        "command": row.command,
+    }
+
+
+def _by_reason(failed: Mapping[int, str]) -> str:
+    seeds: dict[str, list[str]] = {}
+    for seed, reason in sorted(failed.items()):
+        seeds.setdefault(" ".join(reason.split()), []).append(str(seed))
+    return "; ".join(f"seed{'s' * (len(s) > 1)} {' '.join(s)}: {reason}" for reason, s in seeds.items())
+
+
+def _relative_time(row: Row, baseline: Row, records: pd.DataFrame) -> float:
+    """Training seconds over the baseline's of the same seed: the median, as a shared machine has slow hours.
+    nan where they are not from one machine."""
+    both = records[records["id"].isin([*row.runs.values(), *baseline.runs.values()])]
+    if not on_one_machine(both):
+        return np.nan
+    ours, theirs = (values("seconds.train", asked.runs, records) for asked in (row, baseline))
+    return float((ours / theirs).median())
+
+
+def _distinct(runs: pd.DataFrame, column: str) -> str:
+    """The values of `column` in `runs`, a missing one as none."""
+    return "; ".join(sorted(set(runs[column].astype("string").fillna("none")))) if column in runs else ""

@@ -1,103 +1,96 @@
-"""The records of a folder, and the index of all."""
+"""The CSV files of a results folder keep every value, and the runs that are in them."""
 
-import json
-import re
-from dataclasses import replace
+import itertools
+import shutil
 
-from test_pages import pipe_tables, report
-from test_tables import record, records, rows, table_of
+import pytest
+from conftest import ROOT
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pandas.testing import assert_frame_equal
+from sample_runs import epochs, result, sharpness
 
-from rst.reporting.pages import write_report
-from rst.reporting.records import Finished, collect, index
-from rst.reporting.statistics import build_table
-from rst.training.run import Run
+from rst.reporting.records import Finished, collect, recorded_in
 
-
-def test_index_lists_what_is_there(tmp_path):
-    quick, paper = tmp_path / "quick", tmp_path / "paper"
-    for folder in (quick, paper, tmp_path / "empty"):
-        folder.mkdir()
-    some = [r for r in records() if r["id"] != "2e000003"]
-    some[0] |= {"commit": "abcdef0", "dirty": True, "finished": "2026-11-19T01:00:00+00:00"}
-    some[5] |= {"finished": "2026-11-20T01:00:00+00:00"}
-    for suffix in ("md", "csv", "tex"):
-        write_report([table_of(some)], quick / f"overview.{suffix}")
-    for suffix in ("md", "csv"):
-        write_report([table_of([])], quick / f"overview_long.{suffix}")
-        write_report(report(), paper / f"methods.{suffix}")
-    names = ("overview.png", "overview.pdf", "overview_curves.png", "overview_long_curves.pdf", "other.png")
-    for name in (*names, "runs.csv", "curves.csv"):
-        (quick / name).touch()
-    (tmp_path / "benchmark").mkdir()
-    for suffix in ("md", "csv"):
-        (tmp_path / "benchmark" / f"some-host.{suffix}").touch()
-    text = index(tmp_path)
-    headings = ["# Results", "## benchmark", "## paper", "## quick"]
-    assert re.findall("^#.*", text, re.MULTILINE) == headings
-    assert "[some-host.md](benchmark/some-host.md)" in text
-    ((methods,), (overview, long)) = pipe_tables(text)
-    assert overview == {
-        "Table": "A title",
-        "Files": "[overview.md](quick/overview.md), [overview.csv](quick/overview.csv), "
-        "[overview.tex](quick/overview.tex)",
-        "Figures": "[overview.pdf](quick/overview.pdf), [overview.png](quick/overview.png), "
-        "[overview_curves.png](quick/overview_curves.png)",
-        "Runs": "14 of 15",
-        "Commit": "1234567, abcdef0, uncommitted changes",
-        "Finished (UTC)": "2026-11-19 to 2026-11-21",
-    }
-    assert long["Figures"] == "[overview_long_curves.pdf](quick/overview_long_curves.pdf)"
-    assert (long["Runs"], long["Commit"], long["Finished (UTC)"]) == ("0 of 15", "", "not run")
-    assert (methods["Runs"], methods["Commit"], methods["Figures"]) == ("25 of 30", "1234567", "")
-    assert "Runs and epochs: [runs.csv](quick/runs.csv), [curves.csv](quick/curves.csv)" in text
-    assert "paper/runs.csv" not in text
-    for link in re.findall(r"\]\((.*?)\)", text):
-        assert (tmp_path / link).exists()
-    assert "make reproduce-tables PROTOCOL=" in text
-    assert index(tmp_path) == text
+# Neither surrogates nor control characters other than newlines occur in a command line.
+text = st.text(st.one_of(st.characters(exclude_categories=["Cs", "Cc"]), st.just("\n")), min_size=1)
 
 
-def finished(run):
-    return Finished(run.result(), run.metrics(), run.sharpness())
+def finished(one, lines=(), measured=None):
+    return Finished(one, list(lines), measured)
 
 
-def measured_run(outputs, seed, **changes):
-    """A finished run, whose sharpness was measured."""
-    groups = ("dataset", "model", "augment", "method", "schedule")
-    run = Run(outputs, {"seed": seed}, dict.fromkeys(groups, "sgd"), "python train.py")
-    one = record("sgd", seed, 30.0, id=run.id, **changes)
-    run.folder.mkdir(parents=True)
-    (run.folder / "result.json").write_text(json.dumps(one))
-    sharp = {
-        "loss": 0.1,
-        "lambda_max": 40.0 + seed,
-        "in_ball": 0.2,
-        "along": 3.0,
-        "curve": [1.0, 0.0],
-        "rho": 0.1,
-    }
-    how = {"images": 500, "directions": 3, "versions": {"torch": "2.9.0"}, "commit": "abc", "host": "box"}
-    named = {"id": run.id, "finished": one["finished"]}
-    (run.folder / "sharpness.json").write_text(json.dumps({**sharp, **how, **named}))
-    return run
+@settings(max_examples=30, deadline=None)
+@given(x=st.floats(allow_nan=False), command=text, seed=st.integers(0, 2**53))
+def test_any_float_and_text_survive(tmp_path_factory, x, command, seed):
+    folder, command = tmp_path_factory.mktemp("results"), f"python train.py {command}"
+    collect(folder, [finished(result("sgd", seed, 0, test_loss=x, command=command))], folder)
+    (line,) = recorded_in(folder).runs.to_dict("records")
+    assert (line["test_loss"], line["command"], line["seed"]) == (x, command, seed)
+
+
+def test_missing_values_stay_missing_and_names_stay_text(tmp_path):
+    missing = {"peak_memory_bytes": None, "commit": None, "dirty": None}
+    some = [
+        result("sgd", 0, 5, **missing, host="", ranks="4"),
+        result("sgd", 1, 5, commit="12345e6", host="007", versions={"torch": "2.10", "cuda": "13.0"}),
+    ]
+    runs = collect(tmp_path, map(finished, some), tmp_path).runs.set_index("id")
+    assert runs.loc["rsgd0", ["commit", "dirty", "host", "peak_memory_bytes"]].isna().all()
+    named = runs.loc["rsgd1", ["commit", "host", "ranks", "versions.torch", "versions.cuda"]]
+    assert named.tolist() == ["12345e6", "007", "1", "2.10", "13.0"]
+    assert runs.loc["rsgd1", "peak_memory_bytes"] == 123456789
+    assert "123456789.0" not in (tmp_path / "runs.csv").read_text()
+
+
+def test_curves_have_a_line_an_epoch(tmp_path):
+    curves = collect(tmp_path, [finished(result("sgd", 0, 30), epochs(50, None, 30.1))], tmp_path).curves
+    assert curves["epoch"].tolist() == [1, 2, 3]
+    assert curves["propagations"].tolist() == [4, 8, 12]
+    assert curves["test_accuracy"].isna().tolist() == [False, True, False]
+    assert curves.loc[2, "test_accuracy"] == 1 - 30.1 / 100
+
+
+def test_a_run_that_is_repeated_replaces_its_record(tmp_path):
+    first, again = (result("sgd", 0, error) for error in (5, 6))
+    other = finished(result("sam", 0, 4), epochs(4))
+    collect(tmp_path, [finished(first, epochs(9, 5)), other], tmp_path)
+    records = collect(tmp_path, [finished(again, epochs(6))], tmp_path)
+    assert records.runs.set_index("id")["test_accuracy"].to_dict() == {"rsam0": 0.96, "rsgd0": 0.94}
+    assert records.curves["id"].tolist() == ["rsam0", "rsgd0"]
 
 
 def test_sharpness_belongs_to_the_run_that_was_measured(tmp_path):
-    """Not to a later one of the same id, on another machine, say."""
-    results, outputs = tmp_path / "results", tmp_path / "outputs"
-    results.mkdir()
-    runs = [measured_run(outputs, seed) for seed in (0, 1)]
-    found = collect(results, map(finished, runs), outputs)
-    assert found.joined["lambda_max"].to_list() == [40.0, 41.0]
-    asked = [replace(row, runs={seed: run.id for seed, run in enumerate(runs)}) for row in rows(2, ("sgd",))]
-    table = build_table("A title", "A setting", asked, found.joined, "SGD", "SGD")
-    assert "Sharpness: images 500, directions 3, commit abc" in table.provenance[-1]
-    before = (results / "sharpness.csv").read_bytes()
-    assert collect(results, [], outputs).joined.equals(found.joined)
-    assert (results / "sharpness.csv").read_bytes() == before
+    some = [result("sgd", seed, 5) for seed in (0, 1)]
+    measured = [finished(one, (), sharpness(one, lambda_max=40.0 + one["seed"])) for one in some]
+    assert collect(tmp_path, measured, tmp_path).joined["lambda_max"].tolist() == [40.0, 41.0]
+    again = result("sgd", 1, 5, finished="2026-11-23T00:00:00+00:00")
+    records = collect(tmp_path, [finished(again)], tmp_path)
+    assert records.joined["lambda_max"].isna().tolist() == [False, True]
+    assert records.sharpness["id"].tolist() == ["rsgd0"]
 
-    again = measured_run(tmp_path / "elsewhere", 1, finished="2026-11-23T00:00:00+00:00")
-    (again.folder / "sharpness.json").unlink()
-    found = collect(results, [finished(again)], outputs)
-    assert found.joined["lambda_max"].isna().to_list() == [False, True]
-    assert found.sharpness["id"].to_list() == [runs[0].id]
+
+def test_the_order_of_runs_does_not_matter(tmp_path):
+    some = [result(method, seed, 5) for method in ("sgd", "sam") for seed in (10, 9)]
+    written = set()
+    for i, order in enumerate(itertools.permutations(some)):
+        (tmp_path / str(i)).mkdir()
+        for one in order:
+            collect(tmp_path / str(i), [finished(one)], tmp_path)
+        written.add((tmp_path / str(i) / "runs.csv").read_text())
+    assert len(written) == 1
+
+
+@pytest.mark.parametrize("protocol", ["cpu", "quick"])
+def test_collecting_nothing_leaves_the_files_as_they_are(protocol, tmp_path):
+    before = {path.name: path.read_bytes() for path in (ROOT / "results" / protocol).glob("*.csv")}
+    shutil.copytree(ROOT / "results" / protocol, tmp_path / protocol)
+    records = collect(tmp_path / protocol, [], tmp_path)
+    assert {path.name: path.read_bytes() for path in (tmp_path / protocol).glob("*.csv")} == before
+    assert_frame_equal(records.runs, recorded_in(ROOT / "results" / protocol).runs)
+
+
+def test_an_empty_folder_has_no_records_and_gets_no_files(tmp_path):
+    records = collect(tmp_path, [], tmp_path)
+    assert records.joined.empty
+    assert not list(tmp_path.glob("*.csv"))

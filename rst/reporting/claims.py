@@ -1,0 +1,187 @@
+"""The claims of conf/claims, tested on the records."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from omegaconf import OmegaConf
+from scipy import stats
+
+from rst.files import write_text
+from rst.reporting.pages import fill, pipes
+from rst.reporting.records import Records
+from rst.reporting.statistics import (
+    MIN_SEEDS,
+    Estimate,
+    estimate,
+    holm,
+    on_one_machine,
+    paired_difference,
+    values,
+)
+from rst.reporting.tables import Column, Row, Table
+
+ALPHA = 0.05
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A claim about two rows of a table, paired by seed: that the mean of `row` − `minus` is `below` a bound,
+    or `within` a distance from 0; or the same of the ratio `row` / `over`, on a logarithmic scale, where
+    `within` 0.15 means between 1/1.15 and 1.15. Several labels stand for the mean of their rows.
+
+    Args:
+        claim: in words.
+        table: a table's name, of several columns with the column's: "label_noise/noise-0.2".
+        row, minus, over: a label or several; `row` may be "all", those that it is not compared with.
+        metric: a column of the records, or one of `rst.reporting.statistics.DERIVED`.
+    """
+
+    claim: str
+    table: str
+    row: str | Sequence[str]
+    minus: str | Sequence[str] = ()
+    over: str | Sequence[str] = ()
+    below: float | None = None
+    within: float | None = None
+    metric: str = "test_error"
+
+    def __post_init__(self) -> None:
+        if bool(self.minus) == bool(self.over) or (self.below is None) == (self.within is None):
+            raise ValueError(f"claim {self.claim!r} needs either minus or over, and either below or within")
+
+    @property
+    def bounds(self) -> list[float]:
+        """Those that the contrast's mean must lie within; of a ratio, those of its logarithm."""
+        if self.below is not None:
+            return [-np.inf, np.log(self.below) if self.over else self.below]
+        assert self.within is not None
+        end = np.log1p(self.within) if self.over else self.within
+        return [-end, end]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """`verdict` holds where p, adjusted, is small enough. p is 1 where nothing can be decided."""
+
+    claim: Claim
+    estimate: Estimate
+    p: float
+    verdict: str
+
+
+def read_claims(path: Path) -> dict[str, list[Claim]]:
+    """The families of a file of conf/claims, by title. A claim with a list `each` in place of `row` stands
+    for a claim about each of its labels, which `{row}` in its words names.
+
+    Raises:
+        ValueError: naming the claim, for a contradiction or an unknown key.
+    """
+    families: Any = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+    claims: dict[str, list[Claim]] = {}
+    for title, nodes in families.items():
+        claims[title] = []
+        for node in nodes:
+            for row in node.pop("each", [node.get("row")]):
+                try:
+                    words = node["claim"].replace("{row}", str(row))
+                    claims[title].append(Claim(**{**node, "row": row, "claim": words}))
+                except (KeyError, TypeError) as error:
+                    raise ValueError(f"{path}, claim {node.get('claim')!r}: {error}") from None
+    return claims
+
+
+def evaluate(claim: Claim, column: Column, records: pd.DataFrame) -> Outcome:
+    """A two-sided paired t-test against the bound nearest to the estimate, p not yet adjusted."""
+    ours, theirs = _sides(claim, column)
+
+    def mean(rows: Sequence[Row]) -> pd.Series:
+        found = pd.concat([values(claim.metric, row.runs, records) for row in rows], axis=1, join="inner")
+        return found.map(np.log).mean(axis=1) if claim.over else found.mean(axis=1)
+
+    gaps = paired_difference(mean(ours), mean(theirs))
+    found = estimate(gaps)
+    seeds = set.intersection(*(set(row.runs) for row in [*ours, *theirs]))
+    runs = records[records["id"].isin({run for row in [*ours, *theirs] for run in row.runs.values()})]
+    if found.n == 0:
+        return Outcome(claim, found, 1.0, "not run")
+    if found.n < len(seeds):
+        return Outcome(claim, found, 1.0, "partial")
+    if claim.metric.startswith("seconds") and not on_one_machine(runs):
+        return Outcome(claim, found, 1.0, "not comparable: several machines")
+    if found.n < MIN_SEEDS or np.isnan(found.low):
+        return Outcome(claim, found, 1.0, "undecided")
+    low, high = claim.bounds
+    nearest = min(low, high, key=lambda bound: abs(found.mean - bound))
+    p = float(stats.ttest_1samp(gaps, nearest).pvalue)
+    return Outcome(claim, found, p, "supported" if low < found.mean < high else "contradicted")
+
+
+def tables_of_claims(
+    families: Mapping[str, Sequence[Claim]], tables: Mapping[str, Table], records: Records
+) -> str:
+    """Of each family its title and a table: estimates with 95 % intervals, not adjusted; p-values adjusted by
+    Holm's method within the family, and the verdicts that follow at the 5 % level."""
+    joined, parts = records.joined, []
+    for title, claims in families.items():
+        found = [evaluate(claim, _column(claim, tables), joined) for claim in claims]
+        adjusted = holm(one.p for one in found)
+        lines = [
+            {
+                "Claim": one.claim.claim,
+                "Estimate [95 % interval]": _estimate(one),
+                "n": str(one.estimate.n),
+                "p, adjusted": "< 0.001" if p < 0.001 else f"{p:.3f}",
+                "Verdict": "undecided" if p >= ALPHA and one.p < 1 else one.verdict,
+            }
+            for one, p in zip(found, adjusted, strict=True)
+        ]
+        parts.append(f"**{title}**\n\n{pipes(lines)}")
+    return "\n\n".join(parts)
+
+
+def write_claims(path: Path, tables: Mapping[str, Table], records: Records, page: Path) -> bool:
+    """Put the claims of `path`, tested, into `page` between <!-- claims --> and <!-- end -->; a page that is
+    not there is made. False, with nothing written, where `tables` lack one that a claim is about."""
+    families = read_claims(path)
+    if not {claim.table.partition("/")[0] for claims in families.values() for claim in claims} <= set(tables):
+        return False
+    if not page.exists():
+        write_text(page, f"# Claims under protocol {path.stem}\n\n<!-- claims -->\n<!-- end -->\n")
+    fill(page, "claims", tables_of_claims(families, tables, records))
+    return True
+
+
+def _column(claim: Claim, tables: Mapping[str, Table]) -> Column:
+    table, _, name = claim.table.partition("/")
+    columns = tables[table].columns
+    for column in columns:
+        if column.name == name or len(columns) == 1:
+            return column
+    raise ValueError(f"claim {claim.claim!r}: there is no table {claim.table}")
+
+
+def _sides(claim: Claim, column: Column) -> tuple[list[Row], list[Row]]:
+    rows = {row.label: row for row in column.rows}
+    theirs = _listed(claim.minus or claim.over)
+    ours = [label for label in rows if label not in theirs] if claim.row == "all" else _listed(claim.row)
+    if unknown := {*ours, *theirs} - set(rows):
+        raise ValueError(f"claim {claim.claim!r}: no row is labelled {', '.join(sorted(unknown))}")
+    return [rows[label] for label in ours], [rows[label] for label in theirs]
+
+
+def _listed(labels: str | Sequence[str]) -> list[str]:
+    return [labels] if isinstance(labels, str) else list(labels)
+
+
+def _estimate(one: Outcome) -> str:
+    mean, low, high = (getattr(one.estimate, name) for name in ("mean", "low", "high"))
+    if one.claim.over:
+        text = f"× {np.exp(mean):.2f} [{np.exp(low):.2f}, {np.exp(high):.2f}]"
+    else:
+        digits, unit = (2, " points") if one.claim.metric == "test_error" else (3, "")
+        text = f"{mean:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]{unit}".replace("-", "−")
+    return text if one.estimate.n > 1 else "–"
