@@ -1,5 +1,5 @@
-"""Everything random is a function of (seed, stream, index): nothing random is stored, so a run resumes
-anywhere, and changing what one part draws never shifts what another part draws."""
+"""Everything random is a function of (seed, stream, index). No random state is stored, so a run can resume
+anywhere, and what one part draws never shifts what another part draws."""
 
 import numpy as np
 import torch
@@ -20,6 +20,6 @@ def draw(seed: int, stream: str, index: int = 0) -> int:
 
 
 def generator(seed: int, stream: str, index: int = 0) -> torch.Generator:
-    """A CPU generator for (seed, stream, index). Drawn from on the CPU for every device, so that the same
-    seed means the same data order and augmentation on all of them."""
+    """A generator for (seed, stream, index). It is on the CPU whatever the run's device, so that a seed means
+    the same data order and augmentation everywhere."""
     return torch.Generator().manual_seed(draw(seed, stream, index))

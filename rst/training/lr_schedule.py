@@ -13,7 +13,7 @@ def step(progress: float, milestones: Sequence[float] = (0.5, 0.75), factor: flo
     """factor^k after the k-th milestone (a fraction of the run).
 
     Raises:
-        ValueError: for a milestone, such as a number of epochs, or a factor that is not between 0 and 1.
+        ValueError: a milestone or the factor is not between 0 and 1 (milestones are not epochs).
     """
     if not all(0 < milestone < 1 for milestone in milestones):
         raise ValueError(
@@ -30,8 +30,8 @@ def constant(progress: float) -> float:
 
 
 def with_warmup(factor: Callable[[float], float], warmup: float) -> Callable[[float], float]:
-    """A linear ramp from 0 to 1 over the share `warmup` of the run, then all of `factor` over the rest."""
-    factor(0.0)  # refuses bad options now, not at the first step
+    """A linear ramp from 0 to 1 over the fraction `warmup` of the run, then all of `factor` over the rest."""
+    factor(0.0)  # raises for bad options now, not after the warmup
 
     def ramped(progress: float) -> float:
         if progress < warmup:
