@@ -13,7 +13,7 @@ BIN := .venv/bin
 
 WHICH = --protocol $(PROTOCOL) --table $(TABLE)
 
-.PHONY: data reproduce-tables tables plan readme test test-slow test-all crash-test benchmark benchmark-accuracy lint format clean
+.PHONY: data reproduce-tables tables plan readme test test-slow test-all crash-test benchmark lint format clean
 
 reproduce-tables: .venv/stamp
 	$(BIN)/python scripts/reproduce.py $(WHICH) $(if $(REUSE),--reuse) $(if $(SHARPNESS),--sharpness) --launcher $(LAUNCHER) $(if $(JOBS),--jobs $(JOBS)) $(ARGS)
@@ -47,13 +47,11 @@ test-all: .venv/stamp
 crash-test: .venv/stamp
 	OMP_NUM_THREADS=1 $(BIN)/python scripts/crash_test.py
 
-# Against the limits of what training costs, and against others: 16 minutes. ARGS="--sections data" for a part.
+# Training's cost against its arithmetic limit and other implementations: 5 minutes on two cores.
+# ARGS="--sections steps" for a part, "--sections steps --against COMMIT" for the optimizer before and after,
+# "--device cuda" on a GPU.
 benchmark: .venv/stamp
-	$(BIN)/python scripts/benchmark.py $(ARGS)
-
-# Whether that speed costs accuracy: trains nine networks, 15 minutes on two cores. Needs make data.
-benchmark-accuracy: .venv/stamp
-	$(BIN)/python scripts/benchmark_accuracy.py $(ARGS)
+	$(BIN)/python -m scripts.benchmark $(ARGS)
 
 lint: .venv/stamp
 	$(BIN)/ruff format --check .
