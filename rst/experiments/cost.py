@@ -1,9 +1,8 @@
-"""What a run will cost, before it runs: steps, propagations, seconds, disk."""
+"""What a run will cost, before it runs: steps, propagations, operations, disk space."""
 
 import json
-import logging
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -14,13 +13,9 @@ import torch.nn.functional as F
 from hydra.utils import instantiate
 from torch.utils.flop_counter import FlopCounterMode
 
-from rst.files import write_text
 from rst.schedule import expected_propagations
 from rst.training.device import PRECISIONS, allow_tf32, cpu_threads, pick_device
-from rst.training.fit import checkpoint_bytes, schedule_of
-from rst.training.run import Run, device_name
-
-log = logging.getLogger(__name__)
+from rst.training.parts import checkpoint_bytes, schedule_of
 
 
 class DataSize(NamedTuple):
@@ -38,11 +33,13 @@ SIZES = {
     "rst.data.digits": DataSize(1297, 1, 8, 10),
     "rst.data.imagenet": DataSize(1_281_167, 3, 224, 1000),
 }
+_RESNET20 = {"_target_": "rst.models.create", "_partial_": True, "name": "resnet20"}
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one run. `propagations` is the expectation; `flops` those of a propagation of one image."""
+    """`propagations` is an expectation; `flops` are the floating-point operations of one propagation of one
+    image; `disk_bytes` hold two checkpoints."""
 
     steps: int
     propagations: float
@@ -51,103 +48,57 @@ class Cost:
     disk_bytes: int
 
     @property
+    def images(self) -> float:
+        """Images propagated in the whole run, an image counting once a propagation."""
+        return self.propagations * self.batch_size
+
+    @property
     def work(self) -> float:
         """Floating-point operations of the whole run."""
-        return self.propagations * self.batch_size * self.flops
+        return self.images * self.flops
 
 
-def data_size(config: Mapping[str, Any]) -> DataSize:
-    """Of a run's data set, without loading it; for one's own folder it counts the files.
+def cost_of(config: Mapping[str, Any]) -> Cost:
+    """The cost of a run with this configuration. Nothing is loaded; the files of an image folder are counted.
 
     Raises:
-        FileNotFoundError: a folder that is not there.
+        FileNotFoundError: there is no such image folder.
     """
-    node = config["dataset"]
-    size = SIZES.get(node["_target_"]) or _folder_size(node)
-    n = size.train_images
-    if node["validation"]:
-        n -= n // 10
-    side = node.get("image_size") or size.side
-    return size._replace(train_images=node["train_size"] or n, side=side)
-
-
-def _folder_size(node: Mapping[str, Any]) -> DataSize:
-    folder = Path(node["root"]).expanduser() / "train"
-    if not folder.is_dir() and node["train_size"]:
-        return DataSize(node["train_size"], 3, 32, 10)  # a guess of the side and classes, for the plan alone
-    if not folder.is_dir():
-        raise FileNotFoundError(f"no folder {folder}, whose images a plan counts (set dataset.root=DIR)")
-    classes = [path for path in folder.iterdir() if path.is_dir()]
-    return DataSize(sum(1 for path in classes for _ in path.iterdir()), 3, 32, len(classes))
+    epoch_steps = steps_per_epoch(config)
+    steps = config["epochs"] * epoch_steps
+    propagations = expected_propagations(schedule_of(config, epoch_steps), steps) if steps else 0.0
+    flops, parameters = _model_size(json.dumps([config["model"], data_size(config)[1:]], sort_keys=True))
+    return Cost(steps, propagations, config["batch_size"], flops, 2 * checkpoint_bytes(parameters, config))
 
 
 def steps_per_epoch(config: Mapping[str, Any]) -> int:
     return data_size(config).train_images // config["batch_size"]
 
 
-def cost_of(config: Mapping[str, Any], known: "Measurements") -> Cost:
-    """A run's cost, its propagations from the schedule's closed form."""
-    size, epoch_steps = data_size(config), steps_per_epoch(config)
-    steps = config["epochs"] * epoch_steps
-    propagations = expected_propagations(schedule_of(config, epoch_steps), steps) if steps else 0.0
-    flops, parameters = known.model(config["model"], size)
-    disk_bytes = 2 * checkpoint_bytes(parameters, config)  # the last one and the one before it
-    return Cost(steps, propagations, config["batch_size"], flops, disk_bytes)
+def data_size(config: Mapping[str, Any]) -> DataSize:
+    node = config["dataset"]
+    size = SIZES.get(node["_target_"]) or _folder_size(Path(node["root"]).expanduser(), node["train_size"])
+    n = size.train_images
+    if node["validation"]:
+        n -= n // 10
+    return size._replace(train_images=node["train_size"] or n, side=node.get("image_size") or size.side)
 
 
-def costs_of(runs: Iterable[Run], known: "Measurements") -> list[Cost]:
-    """The cost of each run, computed once for those that differ in their seed alone."""
-    costs: dict[str, Cost] = {}
-    found = []
-    for run in runs:
-        key = run.without_seed
-        if key not in costs:
-            costs[key] = cost_of(run.config, known)
-        found.append(costs[key])
-    return found
-
-
-class Measurements:
-    """Models' sizes and this machine's speed, measured once and kept in a file.
-
-    Args:
-        path: a JSON file, made when it is absent.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        try:
-            self.kept: dict[str, Any] = json.loads(path.read_text())
-        except (OSError, ValueError):
-            self.kept = {}
-
-    def model(self, node: Mapping[str, Any], size: DataSize) -> tuple[float, int]:
-        """Floating-point operations of one image's forward-backward pair, thrice those of its forward pass;
-        and the number of parameters."""
-        key = json.dumps([node, size[1:]], sort_keys=True)
-        if key not in self.kept:
-            self.kept[key] = _model_size(key)
-        flops, parameters = self.kept[key]
-        return flops, parameters
-
-    def speed(self, config: Mapping[str, Any]) -> float:
-        """Floating-point operations a second that this machine does in training, by a short measurement with
-        ResNet-20: a rough guide to other models, and on a GPU, which ResNet-20 does not fill, too low."""
-        device = pick_device(config["device"])
-        key = f"{device_name(device)}, {config['precision']}, {config['threads']} threads"
-        if key not in self.kept:
-            log.info("measuring the speed of %s", key)
-            with cpu_threads(config["threads"]):
-                self.kept[key] = _speed(device, config["precision"])
-        return self.kept[key]
-
-    def save(self) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(self.path, json.dumps(self.kept, indent=1))
+@cache
+def _folder_size(root: Path, train_size: int | None) -> DataSize:
+    folder = root / "train"
+    if not folder.is_dir() and train_size:
+        return DataSize(train_size, 3, 32, 10)  # side and classes are a guess, good enough for a plan
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no folder {folder}, whose images a plan counts (set dataset.root=DIR)")
+    classes = [path for path in folder.iterdir() if path.is_dir()]
+    return DataSize(sum(1 for path in classes for _ in path.iterdir()), 3, 32, len(classes))
 
 
 @cache
 def _model_size(key: str) -> tuple[float, int]:
+    """Floating-point operations of one image's forward and backward pass, taken as three times those of the
+    forward pass, and the number of parameters. `key`: the model's node and [channels, side, classes]."""
     node, (channels, side, classes) = json.loads(key)
     # `create` passes one image through the model.
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
@@ -155,33 +106,34 @@ def _model_size(key: str) -> tuple[float, int]:
     return 3.0 * counter.get_total_flops(), sum(p.numel() for p in model.parameters())
 
 
-def _speed(device: torch.device, precision: str, batch_size: int = 64, seconds: float = 1.0) -> float:
-    size = DataSize(0, 3, 32, 10)
-    flops, _ = _model_size(json.dumps([_RESNET20, size[1:]], sort_keys=True))
+def speed(config: Mapping[str, Any]) -> float:
+    """Floating-point operations per second of this machine when it trains ResNet-20 for a second with the
+    run's device, precision and threads: a rough guide to other models, and too low for a GPU, which ResNet-20
+    does not fill."""
+    return _speed(config["device"], config["precision"], config["threads"])
+
+
+@cache
+def _speed(device_name: str, precision: str, threads: int | None, batch_size: int = 64) -> float:
+    flops, _ = _model_size(json.dumps([_RESNET20, (3, 32, 10)], sort_keys=True))
+    device, dtype = pick_device(device_name), PRECISIONS[precision]
     model = instantiate(_RESNET20)(num_classes=10, in_chans=3, image_size=(32, 32))
     model = model.to(device, memory_format=torch.channels_last)
     images = torch.randn(batch_size, 3, 32, 32, device=device)
     labels = torch.zeros(batch_size, dtype=torch.int64, device=device)
-    dtype = PRECISIONS[precision]
     allow_tf32(precision == "tf32")
 
-    def propagation() -> None:
+    def propagate() -> None:
         with torch.autocast(device.type, dtype, enabled=dtype is not None):
             loss = F.cross_entropy(model(images), labels)
         loss.backward()
-
-    def wait() -> None:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
 
-    propagation()  # the first one allocates
-    wait()
-    count, started = 0, time.perf_counter()
-    while count < 2 or time.perf_counter() - started < seconds:
-        propagation()
-        wait()
-        count += 1
-    return count * batch_size * flops / (time.perf_counter() - started)
-
-
-_RESNET20 = {"_target_": "rst.models.create", "_partial_": True, "name": "resnet20"}
+    with cpu_threads(threads):
+        propagate()  # the first one allocates
+        count, started = 0, time.perf_counter()
+        while count < 2 or time.perf_counter() - started < 1.0:
+            propagate()
+            count += 1
+        return count * batch_size * flops / (time.perf_counter() - started)

@@ -1,12 +1,11 @@
-"""A table's specification (conf/table) and the runs that it stands for under a protocol."""
+"""From a table's specification (conf/table) to the runs that it stands for under a protocol."""
 
 import argparse
-import multiprocessing
+import itertools
 import re
 import shlex
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from copy import deepcopy
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +13,57 @@ from hydra import compose
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
-from joblib import cpu_count
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import MISSING, DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from rst.experiments.command_line import describe
-from rst.experiments.settings import check
+from rst.reporting.tables import Column, Row, Table
 from rst.training.run import Run
 
-KEYS = {"title", "reference", "baseline", "rows", "columns", "seeds", "metrics"}
-ROW_KEYS = {"label", "overrides", "published", "source"}
+OUTPUTS = Path("outputs")
+SETTING = ("dataset", "model", "augment")  # the groups whose options say what a column is
+
+
+@dataclass
+class RowSpec:
+    """A method with its settings. Where `overrides` sweep, a row for each combination; `label` then names the
+    swept values in braces: `p = {schedule.p}`. A `published` test error, in percent, needs its `source`."""
+
+    label: str = MISSING
+    overrides: list[str] = MISSING
+    published: float | None = None
+    source: str | None = None
+
+
+@dataclass
+class TableSpec:
+    """A file of conf/table: the same `rows` in each column, differences to the rows labelled `reference` and
+    `baseline`.
+
+    Args:
+        columns: the key of conf/columns/<protocol>.yaml that lists the columns.
+        seeds: such as "0,1,2", in place of the protocol's.
+        metrics: what the table's page shows (`rst.reporting.tables.METRICS`), None for the usual ones.
+    """
+
+    title: str = MISSING
+    reference: str = MISSING
+    baseline: str = MISSING
+    rows: list[RowSpec] = MISSING
+    columns: str = "one"
+    seeds: str | None = None
+    metrics: list[str] | None = None
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A run, the overrides that make `train.py` do it, and where it belongs in a table: the table's name, and
+    a title from column, row and seed. A run of several tables belongs to the first."""
+
+    overrides: list[str]
+    run: Run
+    table: str = ""
+    title: str = ""
 
 
 def options(conf: Path, group: str) -> list[str]:
@@ -31,279 +71,177 @@ def options(conf: Path, group: str) -> list[str]:
     return sorted(path.stem for path in (conf / group).glob("*.yaml"))
 
 
-@dataclass(frozen=True)
-class Cell:
-    """One run of a table: a row in a column at one seed. `overrides` is what train.py is given."""
+def read_table(conf: Path, name: str, protocol: str) -> tuple[TableSpec, dict[str, list[str]]]:
+    """conf/table/`name`.yaml, its rows expanded, and the overrides of each of its columns, by name.
 
-    overrides: list[str]
-    run: Run
-
-    @property
-    def seed(self) -> int:
-        return self.run.config["seed"]
-
-
-@dataclass(frozen=True)
-class RowSpec:
-    label: str
-    overrides: list[str]
-    published: float | None = None
-    source: str | None = None
-
-
-@dataclass(frozen=True)
-class Specification:
-    """What a table compares: `rows` (methods and their settings) in each of `columns` (lists of overrides:
-    data set, model, augmentation), differences to the rows `reference` and `baseline`, and which `metrics` it
-    shows (None: all). `seeds`, a sweep such as "0,1,2", replaces the protocol's."""
-
-    name: str
-    title: str
-    reference: str
-    baseline: str
-    rows: list[RowSpec]
-    columns: list[list[str]]
-    seeds: str | None
-    metrics: list[str] | None
-
-
-def read_specification(conf: Path, table: str, protocol: str) -> Specification:
-    """conf/table/`table`.yaml, with the columns that conf/columns/`protocol`.yaml has under its `columns`,
-    and with the values that a row takes from there as `${grid.…}`.
-
-    A row's overrides may sweep (`schedule.p=0.25,0.5`): it then stands for a row a combination, and its label
-    names the swept values in braces (`p = {schedule.p}`). So may a column's.
+    Columns come from conf/columns/`protocol`.yaml, and so do the values that a row takes as `${grid.…}`.
 
     Raises:
-        ValueError: naming the table, for an unknown key, a missing one, a sweep that Hydra rejects, or two
-            rows with one label.
+        ValueError: the specification has an unknown key, lacks one, or contradicts itself.
     """
-    where = f"table {table}"
-    choices: Any = OmegaConf.to_container(OmegaConf.load(conf / "columns" / f"{protocol}.yaml"))
-    loaded = OmegaConf.load(conf / "table" / f"{table}.yaml")
+    where = f"table {name}"
+    settings: Any = OmegaConf.load(conf / "columns" / f"{protocol}.yaml")
     try:
-        both = OmegaConf.create({"grid": choices.pop("grid", {}), "table": loaded})
-        spec: Any = OmegaConf.to_container(both, resolve=True)["table"]  # type: ignore[index, call-overload]
+        table = OmegaConf.merge(TableSpec, OmegaConf.load(conf / "table" / f"{name}.yaml"))
+        both = OmegaConf.create({"grid": settings.pop("grid", {}), "table": table})
+        spec: TableSpec = OmegaConf.to_object(both)["table"]  # type: ignore[assignment,call-overload,index]
     except OmegaConfBaseException as error:
-        raise ValueError(f"{where}: {str(error).splitlines()[0]}") from None
-    _check_keys(where, spec, KEYS, {"title", "reference", "baseline", "rows"})
-    rows = []
-    for row in spec["rows"]:
-        _check_keys(f"{where}, row {row.get('label')}", row, ROW_KEYS, {"label", "overrides"})
-        if not isinstance(row["overrides"], list):
-            raise ValueError(
-                f"{where}, row {row['label']}: overrides must be a list, got {row['overrides']!r}"
-            )
-        if row.get("published") is not None and not row.get("source"):
-            raise ValueError(f"{where}, row {row['label']}: the published value needs a source")
-        for overrides in expand(row["overrides"], where):
-            values = dict(override.split("=", 1) for override in overrides)
-            try:
-                label = re.sub(r"\{([^}]+)\}", lambda match: values[match[1]], str(row["label"]))  # noqa: B023
-            except KeyError as error:
-                raise ValueError(
-                    f"{where}: label {row['label']!r} names {error}, which no override sets"
-                ) from None
-            rows.append(RowSpec(label, overrides, row.get("published"), row.get("source")))
-    labels = [row.label for row in rows]
-    if repeated := {label for label in labels if labels.count(label) > 1}:
-        raise ValueError(f"{where}: two rows with one label: {', '.join(sorted(repeated))}")
-    if unknown := {spec["reference"], spec["baseline"]} - set(labels):
-        raise ValueError(
-            f"{where}: no row is labelled {', '.join(sorted(unknown))}; rows: {', '.join(labels)}"
-        )
-    name = spec.get("columns", "one")
-    if name not in choices:
-        raise ValueError(f"{where}: columns must be one of {', '.join(choices)}, got {name!r}")
-    columns = [column for sweep in choices[name] for column in expand(sweep, where)]
-    if spec.get("metrics"):
-        from rst.reporting.tables import METRICS  # here, as it takes a second, and a plan does not need it
-
-        if unknown := set(spec["metrics"]) - set(METRICS):
-            raise ValueError(
-                f"{where}: unknown metrics {', '.join(sorted(unknown))}; known are {', '.join(METRICS)}"
-            )
-    seeds = spec.get("seeds")
-    return Specification(
-        table, spec["title"], spec["reference"], spec["baseline"], rows, columns, seeds, spec.get("metrics")
-    )
+        raise ValueError(f"{where}: {' '.join(str(error).split())}") from None
+    if spec.columns not in settings:
+        raise ValueError(f"{where}: columns must be one of {', '.join(settings)}, got {spec.columns!r}")
+    rows = [
+        replace(row, label=label, overrides=overrides)
+        for row in spec.rows
+        for label, overrides in expand(row.label, row.overrides, where)
+    ]
+    columns: dict[str, list[str]] = {}
+    for template, sweep in settings[spec.columns].items():
+        columns |= expand(template, sweep, where)
+    return replace(spec, rows=rows), columns
 
 
-def _check_keys(where: str, node: Mapping[str, Any], known: set[str], needed: set[str]) -> None:
-    if unknown := set(node) - known:
-        raise ValueError(
-            f"{where}: unknown {', '.join(sorted(unknown))}; known are {', '.join(sorted(known))}"
-        )
-    if missing := needed - set(node):
-        raise ValueError(f"{where}: {', '.join(sorted(missing))} must be given")
-
-
-def expand(overrides: Sequence[str], where: str) -> list[list[str]]:
-    """The single overrides that a list with sweeps stands for, the last one varying fastest.
+def expand(name: str, overrides: Sequence[str], where: str) -> list[tuple[str, list[str]]]:
+    """Each combination of the values that `overrides` sweep over, the last one varying fastest, with its
+    name: `name` with the values in place of the keys in braces.
 
     Raises:
-        ValueError: naming `where` and the override that Hydra rejects.
+        ValueError: naming `where`, for an override that Hydra rejects or a key that no override sets.
     """
-    combinations: list[list[str]] = [[]]
-    for text in overrides:
-        override = _parse(text, where)
+    choices = []
+    for override in _parse(overrides, where):
         if override.is_sweep_override():
-            values = [f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()]
+            key = override.get_key_element()
+            choices.append([f"{key}={value}" for value in override.sweep_string_iterator()])
         else:
-            values = [text]
-        combinations = [[*one, value] for one in combinations for value in values]
-    return combinations
+            choices.append([str(override.input_line)])
+    named = []
+    for combination in itertools.product(*choices):
+        label = name
+        for text in combination:
+            key, _, value = text.partition("=")
+            label = label.replace(f"{{{key}}}", value)
+        if unset := re.search(r"\{.*\}", label):
+            raise ValueError(f"{where}: {name!r} names {unset[0]}, which no override sets")
+        named.append((label, list(combination)))
+    return named
 
 
-def _parse(text: str, where: str) -> Override:
+def _parse(overrides: Sequence[str], where: str) -> list[Override]:
     try:
-        return OverridesParser.create().parse_override(text)
+        return OverridesParser.create().parse_overrides(list(overrides))
     except HydraException as error:
-        cause = str(error).splitlines()[0]
-        raise ValueError(f"{where}: Hydra rejects {text!r}: {cause}") from None
+        raise ValueError(f"{where}: {str(error).splitlines()[0]}") from None
 
 
-def cells(
-    spec: Specification, conf: Path, protocol: str, common: Sequence[str]
-) -> Iterator[tuple[list[str], RowSpec, list[Cell]]]:
-    """(column, row, its runs: one a seed) for each row in each column. Within `initialize_config_dir`.
+def cells_of(overrides: Sequence[str]) -> list[Cell]:
+    """The runs that `python train.py -m` would do with these overrides, of which only the seed may sweep.
 
-    `common` are overrides for every run. Seeds are the row's own, else the specification's, else the
-    protocol's, else seed 0.
+    Without an override of the seed, its seeds are the protocol's. To be called within
+    `hydra.initialize_config_dir`, as `gather`.
     """
-    wanted = [
-        (column, row, [f"protocol={protocol}", *column, *row.overrides, *common])
-        for column in spec.columns
-        for row in spec.rows
-    ]
-    _prepare({_split(_without_seeds(overrides)[0], conf)[0] for _, _, overrides in wanted})
-    for column, row, overrides in wanted:
-        yield column, row, cells_of(overrides, conf, spec.seeds)
-
-
-def cells_of(overrides: Sequence[str], conf: Path, seeds: str | None = None) -> list[Cell]:
-    """The runs that `python train.py -m` would do with these overrides, of which only the seed sweeps."""
-    others, given = _without_seeds(overrides)
-    cfg, hydra_cfg = composed(others, conf)
-    if not given:
-        given = [f"seed={seeds or hydra_cfg.sweeper.params.get('seed', cfg.seed)}"]
-    first: Run | None = None
-    found = []
-    for (text,) in expand([given[-1]], "seeds"):
-        seed = _parse(text, "seeds").value()
-        if first is None:
+    given = [text for text in overrides if text.startswith("seed=")]
+    others = [text for text in overrides if text not in given]
+    if sweeps := [str(o.input_line) for o in _parse(others, "overrides") if o.is_sweep_override()]:
+        raise ValueError(f"only seed= may sweep here, not {' '.join(sweeps)}: list the rows in conf/table")
+    cfg, hydra_cfg = _compose(others)
+    given = given or [f"seed={hydra_cfg.sweeper.params.get('seed', cfg.seed)}"]
+    (swept,) = _parse(given[-1:], "overrides")
+    cells: list[Cell] = []
+    for seed in swept.sweep_iterator() if swept.is_sweep_override() else [swept.value()]:
+        if not cells:  # runs that differ in nothing but their seed need one composition and one check
             cfg.seed = seed
             first = describe(cfg, hydra_cfg)
-        # What a run is differs from seed to seed in nothing else, so one composition does for all.
-        command = shlex.join(["python", "train.py", *others, text])
-        run = Run(first.outputs, first.config | {"seed": seed}, first.choices, command)
-        check(run.config, run.choices)
-        found.append(Cell([*others, text], run))
-    return found
+        elif type(seed) is not int or seed < 0:
+            raise ValueError(f"seed must be a whole number of at least 0, got {seed!r}")
+        single = [*others, f"seed={seed}"]
+        run = replace(first, config=first.config | {"seed": seed}, command=_train(single))
+        cells.append(Cell(single, run))
+    return cells
 
 
-def _without_seeds(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
-    given = [override for override in overrides if override.startswith("seed=")]
-    return [override for override in overrides if override not in given], given
-
-
-def composed(overrides: Sequence[str], conf: Path) -> tuple[DictConfig, Any]:
-    """train.yaml with these overrides, and Hydra's own part. Composing takes a tenth of a second, so what
-    differs only in values comes from one composition of the same choices."""
-    choices, values = _split(overrides, conf)
-    if choices not in _compositions:
-        _compositions[choices] = _compose(choices)
-    cfg, hydra_cfg = _compositions[choices]
-    cfg = deepcopy(cfg)
-    try:
-        for override in values:
-            OmegaConf.update(cfg, override.key_or_group, override.value())
-    except OmegaConfBaseException:
-        return _compose(tuple(overrides))  # for Hydra's own message
-    return cfg, hydra_cfg
-
-
-_compositions: dict[tuple[str, ...], tuple[DictConfig, Any]] = {}
-
-
-def _split(overrides: Sequence[str], conf: Path) -> tuple[tuple[str, ...], list[Override]]:
-    """The overrides that choose from groups (or change the configuration's keys), and those that set values.
-
-    Raises:
-        ValueError: for one that sweeps.
-    """
-    groups = {path.name for path in conf.iterdir() if path.is_dir()}
-    parsed = OverridesParser.create().parse_overrides(list(overrides))
-    if sweeps := [text for text, o in zip(overrides, parsed, strict=True) if o.is_sweep_override()]:
-        raise ValueError(f"only seed= may sweep here, not {' '.join(sweeps)}: list the rows in conf/table")
-    plain = all(not (o.is_add() or o.is_force_add() or o.is_delete()) for o in parsed)
-    values = [o for o in parsed if plain and o.key_or_group not in groups and not o.is_hydra_override()]
-    return tuple(text for text, o in zip(overrides, parsed, strict=True) if o not in values), values
-
-
-def _compose(overrides: tuple[str, ...]) -> tuple[DictConfig, Any]:
+def _compose(overrides: Sequence[str]) -> tuple[DictConfig, Any]:
+    """train.yaml with these overrides, and Hydra's own part."""
     cfg = compose("train", list(overrides), return_hydra_config=True)
     with open_dict(cfg):
         hydra_cfg = cfg.pop("hydra")
     return cfg, hydra_cfg
 
 
-def _prepare(wanted: set[tuple[str, ...]], few: int = 2) -> None:
-    """Compose these choices, in several processes where there are more than a few."""
-    new = sorted(wanted - _compositions.keys())
-    if len(new) > few and "fork" in multiprocessing.get_all_start_methods():
-        with multiprocessing.get_context("fork").Pool(cpu_count()) as pool:
-            try:
-                _compositions.update(zip(new, pool.map(_compose, new), strict=True))
-            except Exception:
-                return  # `composed` meets the error again, and says which run's it is
+def _train(arguments: Sequence[str]) -> str:
+    return shlex.join(["python", "train.py", *arguments])
 
 
-@dataclass(frozen=True)
-class TableRuns:
-    """A table's specification and its runs: by column, then by row."""
+def gather(
+    names: Iterable[str], conf: Path, protocol: str, common: Sequence[str]
+) -> tuple[list[Table], dict[str, Cell]]:
+    """The tables, and the runs of all of them by run id.
 
-    spec: Specification
-    columns: dict[tuple[str, ...], list[tuple[RowSpec, list[Cell]]]]
-
-    @property
-    def cells(self) -> list[Cell]:
-        return [cell for rows in self.columns.values() for _, row in rows for cell in row]
-
-
-def gather(names: Iterable[str], conf: Path, protocol: str, common: Sequence[str]) -> list[TableRuns]:
-    """The runs of these tables. Within `initialize_config_dir`."""
-    tables = []
+    `common` are overrides for every run.
+    """
+    tables: list[Table] = []
+    cells: dict[str, Cell] = {}
     for name in names:
-        spec = read_specification(conf, name, protocol)
-        columns: dict[tuple[str, ...], list[tuple[RowSpec, list[Cell]]]] = {}
-        for column, row, found in cells(spec, conf, protocol, common):
-            columns.setdefault(tuple(column), []).append((row, found))
-        tables.append(TableRuns(spec, columns))
-    return tables
+        spec, settings = read_table(conf, name, protocol)
+        seeds = [f"seed={spec.seeds}"] if spec.seeds else []
+        if any(text.startswith("seed=") for text in common):
+            seeds = []
+        columns = []
+        for column, chosen in settings.items():
+            rows, shown = [], column if len(settings) > 1 else ""
+            for row in spec.rows:
+                overrides = [f"protocol={protocol}", *chosen, *row.overrides, *common, *seeds]
+                runs = {}
+                for cell in cells_of(overrides):
+                    run, seed = cell.run, cell.run.config["seed"]
+                    runs[seed] = run.id
+                    title = " / ".join(filter(None, [name, shown, f"{row.label}, seed {seed}"]))
+                    cells.setdefault(run.id, replace(cell, table=name, title=title))
+                rows.append(Row(row.label, _train(["-m", *overrides]), runs, row.published, row.source))
+            split = "validation" if run.config["dataset"].get("validation") else "test"
+            columns.append(Column(shown, _setting(run, protocol), rows, split))
+        metrics = None if spec.metrics is None else tuple(spec.metrics)
+        try:
+            tables.append(Table(name, spec.title, spec.reference, spec.baseline, columns, metrics))
+        except ValueError as error:
+            raise ValueError(f"table {name}: {error}") from None
+    return tables, cells
+
+
+def _setting(run: Run, protocol: str) -> str:
+    """Data, model and augmentation, each with the values that are not its option's; epochs and batch size."""
+    plain, _ = _compose([f"{group}={run.choices[group]}" for group in SETTING])
+    parts = [f"Protocol {protocol}"]
+    for group in SETTING:
+        default: Any = OmegaConf.to_container(plain[group], resolve=True)
+        node = run.config[group].items()
+        changed = [f"{k} {v}" for k, v in node if v != default.get(k) and k not in ("root", "name")]
+        parts.append(f"{group} {run.choices[group]}" + (f" ({', '.join(changed)})" if changed else ""))
+    return ", ".join([*parts, f"{run.config['epochs']} epochs", f"batch size {run.config['batch_size']}"])
 
 
 def table_parser(description: str | None, conf: Path) -> argparse.ArgumentParser:
-    """The arguments of every script about tables; `table_names` and `place` read them."""
+    """The arguments of the scripts about tables."""
+
+    def tables(text: str) -> list[str]:
+        known = options(conf, "table")
+        names = known if text == "all" else text.split(",")
+        if unknown := set(names) - set(known):
+            raise argparse.ArgumentTypeError(
+                f"unknown table {', '.join(unknown)}: choose from {', '.join(known)}, all"
+            )
+        return names
+
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--protocol", default="quick", choices=options(conf, "protocol"))
-    parser.add_argument("--table", default="overview", help="names from conf/table with commas, or all")
-    parser.add_argument("--outputs", default="outputs", help="folder of the run folders")
+    parser.add_argument("--table", default="overview", type=tables, help="of conf/table: A,B or all")
+    parser.add_argument("--outputs", default=OUTPUTS, type=Path, help="folder of the run folders")
+    parser.add_argument("--results", type=Path, help="folder of the tables")
     parser.add_argument("--reuse", action="store_true", help="what runs.csv records counts as complete")
-    parser.add_argument("overrides", nargs="*", help="added to every run, such as epochs=1")
+    parser.add_argument("overrides", nargs="*", help="for every run, such as epochs=1")
     return parser
 
 
-def table_names(parser: argparse.ArgumentParser, table: str, conf: Path) -> list[str]:
-    """The tables that `--table` asks for; ends the process where there is no such table."""
-    known = options(conf, "table")
-    names = known if table == "all" else table.split(",")
-    if unknown := set(names) - set(known):
-        parser.error(f"unknown table {', '.join(unknown)}: choose from {', '.join(known)}, all")
-    return names
-
-
-def place(outputs: str) -> list[str]:
-    """The override for the folder of run folders. None for the default, so that the command which a run
-    records holds anywhere."""
-    return [] if outputs == "outputs" else [f"outputs={outputs}"]
+def with_outputs(overrides: Sequence[str], outputs: Path) -> list[str]:
+    """The overrides, with that for the folder of run folders. The default is left out, so that the commands
+    that runs record hold anywhere."""
+    return [*overrides, *([] if outputs == OUTPUTS else [f"outputs={outputs}"])]

@@ -1,0 +1,201 @@
+"""Run what tables still need, then write them (make reproduce-tables)."""
+
+import os
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from hydra import initialize_config_dir
+from joblib import cpu_count
+
+from rst.experiments.command_line import one_line
+from rst.experiments.cost import cost_of, steps_per_epoch
+from rst.experiments.launcher import Launcher, is_death
+from rst.experiments.measure_sharpness import measure_all
+from rst.experiments.run_progress import RunProgress
+from rst.experiments.sweeps import OUTPUTS, Cell, gather, with_outputs
+from rst.reporting.claims import write_claims
+from rst.reporting.records import Finished, Records, collect, recorded_in
+from rst.reporting.tables import Table, write_table
+from rst.training.identity import NOT_IDENTITY
+from rst.training.parts import schedule_of
+from rst.training.tracking import log_table
+
+POLL = 5.0  # seconds between two looks at runs that other processes are at
+
+
+def reproduce(
+    names: Sequence[str],
+    conf: Path,
+    protocol: str,
+    overrides: Sequence[str] = (),
+    *,
+    outputs: Path = OUTPUTS,
+    results: Path | None = None,
+    launcher: str = "joblib",
+    jobs: int | None = None,
+    only_collect: bool = False,
+    reuse: bool = False,
+    sharpness: bool = False,
+    for_print: bool = False,
+) -> dict[str, str]:
+    """Run what the tables need and is not complete, then write them. Returns why runs failed, by command.
+
+    Interrupted runs go on from their last checkpoint. To be called in the repository's root, where `train.py`
+    is.
+
+    Args:
+        names: files of `conf`/table.
+        overrides: for every run; those of Hydra's own settings ("hydra.launcher.partition=gpu") are for the
+            launcher.
+        outputs: folder of the run folders.
+        results: folder of the tables. By default "results", or `outputs`/results where overrides change what
+            the runs are: a shortened table must not take the place of the whole one.
+        launcher: one of Hydra's.
+        jobs: processes at once, with joblib; None: one a core.
+        only_collect: run nothing.
+        reuse: runs that runs.csv records count as complete.
+        sharpness: measure the sharpness of all finished runs.
+        for_print: write the tables also as LaTeX, the figures also as PDF.
+    """
+    settings = [text for text in overrides if text.startswith("hydra")]
+    common = [text for text in overrides if text not in settings]
+    elsewhere = outputs / "results" if any(map(_changes_runs, common)) else Path("results")
+    folder = (results or elsewhere) / protocol
+    jobs = jobs or cpu_count()
+    if launcher == "joblib":
+        settings.append(f"hydra.launcher.n_jobs={jobs}")
+        os.environ["OMP_NUM_THREADS"] = str(max(1, cpu_count() // jobs))  # together a thread a core
+
+    with initialize_config_dir(str(conf), version_base="1.3"):
+        tables, cells = gather(names, conf, protocol, with_outputs(common, outputs))
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise PermissionError(f"cannot write to {folder} ({error.strerror}); choose --results") from error
+        recorded = set(recorded_in(folder).runs["id"]) if reuse else set()
+        todo = [cell for key, cell in cells.items() if key not in recorded and cell.run.result() is None]
+        print(f"{len(cells)} runs, {len(todo)} of them to do", flush=True)
+        if todo and not only_collect:
+            run_all(todo, len(cells), Launcher(launcher, with_outputs(settings, outputs)))
+
+    if sharpness:
+        measure_all([cell.run.folder for cell in cells.values() if cell.run.result(warn=False)], jobs=jobs)
+    failures = {key: reason for key, cell in cells.items() if (reason := cell.run.failure())}
+    records = _collect(cells, failures, folder, outputs, with_older=reuse or only_collect)
+    for table in tables:
+        files = _write(table, cells, records, failures, folder, for_print)
+        page = (folder / table.name / "README.md").read_text()
+        print(page.partition("\n## ")[0] if len(tables) == 1 else f"{table.name}: {table.title}")
+        _log(table, cells, files, protocol, outputs)
+    claims = conf / "claims" / f"{protocol}.yaml"
+    if claims.exists() and write_claims(
+        claims, {table.name: table for table in tables}, records, folder / "README.md"
+    ):
+        print(f"claims tested: {folder / 'README.md'}")
+    print(f"written to {folder}: {', '.join(table.name for table in tables)}, and runs.csv, curves.csv")
+    return {} if only_collect else {cells[key].run.command: reason for key, reason in failures.items()}
+
+
+def _changes_runs(override: str) -> bool:
+    key = override.partition("=")[0]
+    return not any(f"{key}.".startswith(f"{name}.") for name in NOT_IDENTITY)
+
+
+def run_all(cells: Sequence[Cell], total: int, launcher: Launcher) -> None:
+    """Run the cells, longest first, and show the progress among `total` runs, the others being complete. Runs
+    that fail have a `Run.failure` afterwards. A run that another process is working on is waited for.
+
+    A killed process takes its launcher's whole batch down. The runs that had begun then go on one by one, so
+    that only the one at fault fails, and the others as a batch again.
+    """
+    work = {cell.run.id: cost_of(cell.run.config).work for cell in cells}
+    pending = sorted(cells, key=lambda cell: -work[cell.run.id])
+    for cell in cells:
+        (cell.run.folder / "failed.json").unlink(missing_ok=True)
+    suspects: set[str] = set()
+    with RunProgress(cells, work, total) as progress:
+        while pending := [cell for cell in pending if not _has_ended(cell)]:
+            free = [cell for cell in pending if not cell.run.is_locked()]
+            batch = [cell for cell in free if cell.run.id in suspects][:1] or free
+            if not batch:
+                time.sleep(POLL)
+                continue
+            began = time.time()
+            try:
+                jobs = launcher.run([[*cell.overrides, *_group(cell)] for cell in batch])
+            except KeyboardInterrupt:
+                progress.tell("interrupted: the same command goes on from the last checkpoints")
+                raise
+            except Exception as error:
+                if not is_death(error):
+                    raise
+                unfinished = [cell for cell in batch if not _has_ended(cell)]
+                if len(batch) == 1 and unfinished:
+                    batch[0].run.fail(f"its process was killed ({type(error).__name__})")
+                elif unfinished:
+                    begun = [cell for cell in unfinished if cell.run.begun_since(began)] or unfinished[:1]
+                    suspects |= {cell.run.id for cell in begun}
+                    progress.tell("a process was killed: the runs that had begun go on one by one")
+            else:
+                for cell, returned in zip(batch, jobs, strict=True):
+                    try:
+                        _ = returned.return_value
+                    except Exception as error:  # before the run could leave word of it
+                        cell.run.fail(one_line(error))
+
+
+def _has_ended(cell: Cell) -> bool:
+    return cell.run.result(warn=False) is not None or cell.run.failure() is not None
+
+
+def _group(cell: Cell) -> list[str]:
+    """The override that groups a table's runs in Weights & Biases, where they are tracked there."""
+    return [f"tracker.run_group={cell.table}"] if cell.run.choices["tracker"] == "wandb" else []
+
+
+def _collect(
+    cells: Mapping[str, Cell], failures: Mapping[str, str], folder: Path, outputs: Path, with_older: bool
+) -> Records:
+    """Add the finished runs to the records in `folder`, and return those that the tables are made of.
+
+    Records of runs that are not here count only `with_older`, and never those of runs that failed here since.
+    """
+    finished = {
+        key: Finished(result, cell.run.metrics(), cell.run.sharpness())
+        for key, cell in cells.items()
+        if (result := cell.run.result(warn=False)) is not None
+    }
+    records = collect(folder, finished.values(), outputs)
+    ids = records.runs["id"]
+    kept = ~ids.isin([*failures]) if with_older else ids.isin([*finished])
+    return records._replace(runs=records.runs[kept])
+
+
+def _write(
+    table: Table,
+    cells: Mapping[str, Cell],
+    records: Records,
+    failures: Mapping[str, str],
+    folder: Path,
+    for_print: bool,
+) -> list[Path]:
+    # The schedules of the first column; another may have other steps, or a warmup.
+    configs = {row.label: cells[next(iter(row.runs.values()))].run.config for row in table.columns[0].rows}
+    config = next(iter(configs.values()))
+    epoch_steps = steps_per_epoch(config)
+    schedules = {label: schedule_of(config, epoch_steps) for label, config in configs.items()}
+    steps = config["epochs"] * epoch_steps
+    return write_table(table, records, failures, schedules, steps, config["seed"], folder, for_print)
+
+
+def _log(
+    table: Table, cells: Mapping[str, Cell], files: Sequence[Path], protocol: str, outputs: Path
+) -> None:
+    """Log the table to Weights & Biases, where its runs are tracked there."""
+    run = cells[next(iter(table.columns[0].rows[0].runs.values()))].run
+    if run.choices["tracker"] == "wandb":
+        keys = ("project", "entity", "mode", "init_timeout", "finish_timeout")
+        settings = {key: run.config["tracker"][key] for key in keys if key in run.config["tracker"]}
+        name = f"{protocol}-{table.name}"
+        log_table(files, name=name, group=table.name, folder=outputs / ".wandb" / name, **settings)
