@@ -5,27 +5,30 @@ TABLES_cpu := pilot,schedules,constant,gamma
 TABLE ?= $(or $(TABLES_$(PROTOCOL)),overview)
 LAUNCHER ?= joblib
 ARGS ?= # overrides for every run of a table, such as epochs=1
-SHARPNESS ?= # 1: measure how sharp the minima of the runs are, too
-REUSE ?= # 1: runs that results/<protocol>/runs.csv records count as complete
-RATE ?= # images a second and propagation, for the plan; measured when not given
-JOBS ?= # processes at once, with joblib; as many as cores when not given
+SHARPNESS ?= # 1: also measure the sharpness of the runs
+REUSE ?= # 1: runs recorded in results/<protocol>/runs.csv count as complete
+PRINT ?= # 1: also write the tables as LaTeX and the figures as PDF
+RATE ?= # images a second of one propagation, for the plan; by default it is measured
+JOBS ?= # processes at once, with joblib; by default one a core
 BIN := .venv/bin
 
 WHICH = --protocol $(PROTOCOL) --table $(TABLE)
 
 .PHONY: data reproduce-tables tables plan readme test test-slow test-all crash-test benchmark lint format clean
 
+# Runs what is missing and writes the tables. Interrupted, it goes on when it is repeated.
 reproduce-tables: .venv/stamp
-	$(BIN)/python scripts/reproduce.py $(WHICH) $(if $(REUSE),--reuse) $(if $(SHARPNESS),--sharpness) --launcher $(LAUNCHER) $(if $(JOBS),--jobs $(JOBS)) $(ARGS)
+	$(BIN)/python scripts/reproduce.py $(WHICH) $(if $(REUSE),--reuse) $(if $(SHARPNESS),--sharpness) $(if $(PRINT),--print) --launcher $(LAUNCHER) $(if $(JOBS),--jobs $(JOBS)) $(ARGS)
 
 # CIFAR-10 as JPEG files, for protocol=cpu: unpacked from ARCHIVE where data/cifar10 is not there, and verified.
 data: .venv/stamp
 	$(BIN)/python scripts/data.py $(if $(ARCHIVE),--archive $(ARCHIVE))
 
-# Tables of what has run so far, also while make reproduce-tables is running.
+# Writes the tables of what has run so far, also while make reproduce-tables is running.
 tables: .venv/stamp
-	$(BIN)/python scripts/reproduce.py $(WHICH) --collect $(ARGS)
+	$(BIN)/python scripts/reproduce.py $(WHICH) --collect $(if $(PRINT),--print) $(ARGS)
 
+# Prints what runs, propagations and hours the tables still need.
 plan: .venv/stamp
 	$(BIN)/python scripts/plan.py $(WHICH) $(if $(REUSE),--reuse) $(if $(RATE),--images-per-second $(RATE)) $(ARGS)
 

@@ -34,7 +34,7 @@ def totals(cells: Sequence[Cell], recorded: Collection[str], rate: float | None)
 def main() -> None:
     parser = table_parser(__doc__, ROOT / "conf")
     parser.add_argument("--images-per-second", type=float, help="of one propagation; measured if not given")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     os.chdir(ROOT)
     rate = arguments.images_per_second
     recorded: set[str] = set()
