@@ -60,6 +60,10 @@ def task(function: Callable[[DictConfig], object]) -> Callable[[DictConfig], Non
     def wrapped(cfg: DictConfig) -> None:
         if multiprocessing.current_process().name != "MainProcess":
             end_with_parent()
+        from rst.training import distributed
+
+        if not distributed.is_first():
+            logging.disable(logging.WARNING)  # the first rank speaks for all
         try:
             function(cfg)
         except Exception as error:

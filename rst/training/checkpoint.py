@@ -19,8 +19,8 @@ _DIGEST_BYTES = hashlib.sha256().digest_size
 
 
 def require_space(folder: Path, n_bytes: int) -> None:
-    """Raises OSError where the disk of `folder`, which need not exist yet, has less space than that for its
-    checkpoints, those that it holds included."""
+    """Raises OSError if the disk of `folder`, which need not exist yet, has no room for that many bytes of
+    checkpoints, including those that are there."""
     existing = next(path for path in (folder, *folder.resolve().parents) if path.is_dir())
     free = shutil.disk_usage(existing).free + sum(path.stat().st_size for path in folder.glob("*.pt"))
     if free < n_bytes:
@@ -44,8 +44,12 @@ class Every:
         self._steps, self._time = 0, time.monotonic()
 
     def is_due(self, steps: int, epochs: int | None) -> bool:
-        """Asked after each step and each epoch. `steps`: taken so far. `epochs`: completed so far where one
-        has just been, else None."""
+        """Call it after each step and each epoch.
+
+        Args:
+            steps: taken so far.
+            epochs: completed so far, just after an epoch; else None.
+        """
         stepped, self._steps = steps != self._steps, steps
         due = bool(
             (self.every_steps and stepped and steps % self.every_steps == 0)
@@ -58,27 +62,29 @@ class Every:
 
 
 def previous(path: Path) -> Path:
-    """Where the checkpoint before the one at `path` is."""
+    """Where the checkpoint before the one at `path` is kept."""
     return path.with_stem(f"{path.stem}-previous")
 
 
 def save(path: Path, state: dict[str, Any], run_id: str) -> None:
-    """Save a checkpoint, tensors and plain containers only, and keep the one before it.
+    """Save a checkpoint and keep the one before it. The file is torch.save's, followed by its SHA-256.
 
-    `run_id`: of the configuration it belongs to. The file is torch.save's with its SHA-256 at the end.
+    Args:
+        state: tensors and plain containers.
+        run_id: of the run that it belongs to.
     """
     content = {"schema": SCHEMA, "id": run_id, **state}
 
     def write(file: IO[bytes]) -> None:
         hashed = _Hashed(file)
         torch.save(content, hashed)  # type: ignore[arg-type]  # it writes and flushes, no more
-        file.write(hashed.digest())  # which torch.load does not mind
+        file.write(hashed.digest())  # torch.load does not mind
 
     write_atomically(path, write, keep=previous(path))
 
 
 class _Hashed:
-    """A file for writing that knows the SHA-256 of what was written."""
+    """A file that computes the SHA-256 of what is written to it."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self.file, self._hash = file, hashlib.sha256()
@@ -95,12 +101,12 @@ class _Hashed:
 
 
 def load(path: Path, run_id: str) -> dict[str, Any] | None:
-    """The checkpoint on the CPU, or None where there is none. Executes no pickled code.
+    """The checkpoint, on the CPU, or None if there is none. Executes no pickled code.
 
-    Where it is damaged, or a crash came between two renamings, the one before it, with a warning.
+    If it is damaged, or missing after a crash between two renamings, the one before it, with a warning.
 
     Raises:
-        ValueError: where neither can be read, and where it is another configuration's or of another schema.
+        ValueError: neither can be read, or it belongs to another run or another version.
     """
     reasons = []
     for candidate in (path, previous(path)):
@@ -110,25 +116,25 @@ def load(path: Path, run_id: str) -> dict[str, Any] | None:
             continue
         except (OSError, MemoryError):  # of the machine, not of the file
             raise
-        except Exception as error:  # whatever the readers of zip files and pickles trip over
+        except Exception as error:  # readers of zip files and pickles raise all kinds
             reasons.append(f"{candidate} is damaged ({str(error).split('. ')[0] or type(error).__name__})")
             continue
         if candidate != path:
-            log.warning("%s: going on from the checkpoint before it", *reasons or [f"{path} is missing"])
-            path.unlink(missing_ok=True)  # or the next save would keep it in place of the one that is whole
+            log.warning("%s: resuming from the checkpoint before it", *reasons or [f"{path} is missing"])
+            path.unlink(missing_ok=True)  # or the next save would keep it instead of the intact one
         if (schema := state.get("schema")) != SCHEMA:
             raise ValueError(
-                f"{candidate} is of schema {schema}, and this version reads {SCHEMA}: go on with the version "
-                "that wrote it, or remove it, and the run starts anew"
+                f"{candidate} has schema {schema}, and this version reads {SCHEMA}: resume with the version "
+                "that wrote it, or remove it to start the run again"
             )
         if state["id"] != run_id:
             raise ValueError(
-                f"{candidate} is of a run with another configuration ({state['id']}, not {run_id}): remove "
-                "it, and the run starts anew"
+                f"{candidate} belongs to a run with another configuration ({state['id']}, not {run_id}): "
+                "remove it to start the run again"
             )
         return state
     if reasons:
-        raise ValueError(f"{' and '.join(reasons)}: remove it, and the run starts anew")
+        raise ValueError(f"{' and '.join(reasons)}: remove what is damaged to start the run again")
     return None
 
 
@@ -141,7 +147,7 @@ def _read(path: Path) -> dict[str, Any]:
             left -= len(chunk)
             digest.update(chunk)
         if left < 0 or file.read() != digest.digest():
-            raise ValueError("its checksum differs, or it is older than checksums")
+            raise ValueError("its checksum differs")
     state = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(state, dict):
         raise ValueError("it holds no run")

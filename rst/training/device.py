@@ -1,4 +1,4 @@
-"""Which device a run computes on, in a sweep one GPU a run, and in which precision."""
+"""The device of a run, in a sweep one GPU per run, and its precision, threads and memory."""
 
 import ctypes
 import logging
@@ -17,15 +17,15 @@ from rst.training import distributed
 
 log = logging.getLogger(__name__)
 
-# What autocast casts to, if anything.
+# The type that autocast casts to, if any.
 PRECISIONS = {"fp32": None, "tf32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def pick_device(name: str) -> torch.device:
-    """ "auto" is CUDA where there is any, else Apple's GPU, else the CPU.
+    """ "auto" is CUDA if available, else Apple's GPU, else the CPU.
 
     Raises:
-        ValueError: for a device that is unknown or not there.
+        ValueError: the device is unknown or not available.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -40,21 +40,21 @@ def pick_device(name: str) -> torch.device:
 
 @contextmanager
 def lease(name: str, wait: bool) -> Iterator[torch.device]:
-    """`pick_device`, where "auto" and "cuda" mean a GPU that no other run of this user has leased.
+    """`pick_device`, with "auto" and "cuda" meaning a GPU that no other run of this user has leased.
 
-    So n jobs of a sweep fill n GPUs, and further ones wait their turn. With `wait` false, a run started by
-    hand, it takes the first GPU where all are leased. "cuda:1" is that one, leased or not. Under torchrun it
-    is the rank's own, not leased.
+    So n jobs of a sweep fill n GPUs, and further ones wait for their turn. If all are leased and `wait` is
+    false, as for a run started by hand, it is the first one. "cuda:1" is that GPU, leased or not. Under
+    torchrun each rank has its own, without a lease.
     """
     if distributed.is_launched():
         name = distributed.device_of_rank(name)
     if name not in ("auto", "cuda") or not torch.cuda.is_available():
         device = pick_device(name)
-        # Current, as it is where PyTorch records events and pins memory.
+        # Make it current: PyTorch records events and pins memory on the current device.
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
             yield device
         return
-    # By UUID, as numbers follow CUDA_VISIBLE_DEVICES, which differs between processes.
+    # By UUID, as CUDA_VISIBLE_DEVICES, which differs between processes, changes the numbers.
     ids = [str(torch.cuda.get_device_properties(i).uuid) for i in range(torch.cuda.device_count())]
     folder = Path(tempfile.gettempdir()) / f"rst-devices-{os.getuid()}"
     with first_free(folder, ids, wait) as index, torch.cuda.device(index or 0):
@@ -63,15 +63,19 @@ def lease(name: str, wait: bool) -> Iterator[torch.device]:
 
 @contextmanager
 def first_free(folder: Path, ids: Sequence[str], wait: bool, poll: float = 1.0) -> Iterator[int | None]:
-    """The index of the first of `ids` whose lock in `folder` nobody holds, held meanwhile; None where all are
-    held and `wait` is false. `poll`: seconds between attempts. A process that dies gives its lock back."""
+    """Hold the lock in `folder` of the first of `ids` that nobody holds, and give its index; None if all are
+    held and `wait` is false. A process that dies releases its lock.
+
+    Args:
+        poll: seconds between attempts.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     locks = [FileLock(folder / f"{name}.lock") for name in ids]
-    told = False
+    has_logged = False
     while (index := next((i for i, lock in enumerate(locks) if _try(lock)), None)) is None and wait:
-        if not told:
+        if not has_logged:
             log.info("all %d GPUs are in use: waiting for one", len(ids))
-            told = True
+            has_logged = True
         time.sleep(poll)
     try:
         yield index
@@ -89,19 +93,18 @@ def _try(lock: FileLock) -> bool:
 
 
 def allow_tf32(allowed: bool) -> None:
-    """Whether NVIDIA GPUs may round the factors of fp32 products to TensorFloat-32's 10 bits, in matrix
-    products and convolutions alike. PyTorch's default is no for the former and yes for the latter."""
+    """Whether NVIDIA GPUs may round the factors of fp32 products to TensorFloat-32's 10 bits, in both matrix
+    products and convolutions. PyTorch's default is no for the former and yes for the latter."""
     torch.backends.cuda.matmul.allow_tf32 = allowed
     torch.backends.cudnn.allow_tf32 = allowed
 
 
 def keep_memory() -> None:
-    """Have the C library keep freed memory for the next step: by default it gives large blocks back to the
-    system, and a CPU step then spends a tenth of its time on page faults. Elsewhere than on Linux with glibc
-    nothing happens."""
+    """Make glibc keep freed memory for the next step: by default it returns large blocks to the system, and a
+    step on a CPU then spends a tenth of its time on page faults. Does nothing without glibc."""
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
-        # M_MMAP_THRESHOLD, in bytes: the most that is not a mapping of its own. Older versions allow 32 MiB.
+        # M_MMAP_THRESHOLD: larger blocks, in bytes, get a mapping of their own. Older versions allow 32 MiB.
         if not libc.mallopt(-3, 2**30):
             libc.mallopt(-3, 2**25)
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: free memory that is kept
@@ -109,7 +112,7 @@ def keep_memory() -> None:
 
 @contextmanager
 def cpu_threads(number: int | None) -> Iterator[None]:
-    """Run with that many threads (None: as many as now) and set the former number back."""
+    """Use that many threads (None: as many as now) within the block."""
     before = torch.get_num_threads()
     torch.set_num_threads(number or before)
     try:

@@ -1,4 +1,4 @@
-"""One run on several devices, a process (rank) each, as `torchrun` starts them."""
+"""One run on several devices, with a process (rank) for each, as `torchrun` starts them."""
 
 import inspect
 import os
@@ -11,8 +11,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-# How long a rank waits for one that says nothing, on a machine that lost its network say. A rank whose
-# process died is noticed at once: by gloo, and by torchrun, which ends the others, after 30 s by force.
+# How long ranks wait for one that is silent, because its machine lost its network, say. That a process died
+# is noticed at once: by gloo, and by torchrun, which ends the others, after 30 s by force.
 TIMEOUT = timedelta(minutes=10)
 
 
@@ -22,7 +22,7 @@ def is_launched() -> bool:
 
 
 def is_first() -> bool:
-    """Whether this is rank 0, the one that writes and reports."""
+    """Whether this is rank 0, which writes and reports."""
     return not is_launched() or os.environ["RANK"] == "0"
 
 
@@ -35,11 +35,10 @@ def ranks() -> int:
 
 
 def device_of_rank(name: str) -> str:
-    """The device that `name`, "auto", "cuda" or "cpu", means for this rank: its GPU is that of its number on
-    the machine.
+    """The device of this rank for the name "auto", "cuda" or "cpu": the GPU of its number on the machine.
 
     Raises:
-        ValueError: for another name, and where the machine has fewer GPUs than ranks.
+        ValueError: another name, or fewer GPUs than ranks on the machine.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -50,7 +49,7 @@ def device_of_rank(name: str) -> str:
         return name
     if local_ranks > torch.cuda.device_count():
         raise ValueError(
-            f"torchrun started {local_ranks} processes here, and there are {torch.cuda.device_count()} GPUs: "
+            f"torchrun started {local_ranks} processes for {torch.cuda.device_count()} GPUs: "
             f"use --nproc_per_node={torch.cuda.device_count()}"
         )
     return f"cuda:{local_rank}"
@@ -58,10 +57,10 @@ def device_of_rank(name: str) -> str:
 
 @contextmanager
 def process_group(device: torch.device) -> Iterator[None]:
-    """Join the other ranks; nothing to do for a process that torchrun did not start.
+    """Join the other ranks; does nothing in a process that torchrun did not start.
 
     Raises:
-        ConnectionError: where another rank has ended.
+        ConnectionError: another rank has ended.
     """
     if not is_launched():
         yield
@@ -77,7 +76,7 @@ def process_group(device: torch.device) -> Iterator[None]:
             raise ConnectionError(f"another rank has ended or cannot be reached: {cause}") from error
         raise
     # Not after an error: the others may be waiting in a collective, and this process is about to end.
-    dist.barrier()  # nor while one of them is still at it
+    dist.barrier()  # none leaves while another is still training
     dist.destroy_process_group()
 
 
@@ -88,17 +87,17 @@ def barrier() -> None:
 
 
 def replicate(model: nn.Module, device: torch.device) -> nn.Module:
-    """The model as each rank trains it: gradients are averaged over the ranks; it begins as rank 0's."""
+    """The model with rank 0's weights, and with gradients averaged over the ranks."""
     if ranks() == 1:
         return model
-    # Buffers are left to `share_buffers`; newer versions of PyTorch have another word for that.
-    known = inspect.signature(DistributedDataParallel).parameters
-    word = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    # Buffers are left to `share_buffers`; newer versions of PyTorch call that option by another name.
+    parameters = inspect.signature(DistributedDataParallel).parameters
+    option = "forward_sync_buffers" if "forward_sync_buffers" in parameters else "broadcast_buffers"
     return DistributedDataParallel(
         model,
         device_ids=[device] if device.type == "cuda" else None,
         gradient_as_bucket_view=True,
-        **{word: False},  # type: ignore[arg-type]
+        **{option: False},  # type: ignore[arg-type]
     )
 
 
@@ -114,15 +113,15 @@ def sum_over_ranks(tensor: Tensor) -> Tensor:
 
 
 def share_buffers(module: nn.Module) -> None:
-    """Give every rank the buffers of rank 0, BatchNorm's running statistics: each rank's are of its own
-    images, and those of rank 0 are saved."""
+    """Give every rank the buffers of rank 0, which are saved. BatchNorm's running statistics, for one, are of
+    each rank's own images."""
     if ranks() > 1:
         for buffer in module.buffers():
             dist.broadcast(buffer, src=0)
 
 
 def require_equal(number: int, message: str) -> None:
-    """Raises ValueError with `message` on every rank unless all of them have the same number."""
+    """Raises ValueError with `message` on every rank if they have different numbers."""
     if ranks() > 1:
         numbers: list[int | None] = [None] * ranks()
         dist.all_gather_object(numbers, number)

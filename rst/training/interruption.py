@@ -11,11 +11,11 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class Interruption:
-    """A with-block in which the first of `SIGNALS` is only noted, for the run to end in order. After it,
-    Ctrl-C ends the process at once and the others change nothing: Slurm and torchrun may send one twice.
+    """A with-block in which the first of `SIGNALS` is only noted, so that the run ends in order. After it,
+    Ctrl-C ends the process at once, and the others do nothing: Slurm and torchrun may send one twice.
 
-    Signals that the process was started to ignore, as by nohup, it ignores. In a thread other than the main
-    one, where Python allows no handlers, it does nothing.
+    Signals that the process was started to ignore, by nohup say, stay ignored. Outside the main thread, where
+    Python allows no handlers, it does nothing.
     """
 
     def __init__(self) -> None:
@@ -35,18 +35,18 @@ class Interruption:
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.signal = self.signal or number
         if signal.SIGINT in self._former:
-            signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python's handlers wait for what PyTorch is at
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # a handler would wait for PyTorch
 
     def requested(self) -> bool:
-        """Whether a signal has come."""
+        """Whether a signal has arrived."""
         return self.signal is not None
 
     def end(self) -> None:
-        """End the process with 128 + the signal's number, SIGTERM's where it was another rank that got one;
-        call it when all is saved.
+        """End the process with code 128 + the signal's number, SIGTERM's if another rank got the signal.
+        Call it when everything is saved.
 
-        Where somebody else had a handler for the signal, it gets it now: submitit's puts a Slurm job back
-        into the queue. If that returns, so does this, and the run goes on.
+        A handler that was there before is called instead: submitit's puts a Slurm job back into the queue. If
+        it returns, so does this, and the run goes on.
         """
         number = self.signal or signal.SIGTERM
         handler = self._former.get(number)

@@ -20,10 +20,10 @@ from rst.training.guard import ADVICE, Guard
 
 
 class _L2(torch.autograd.Function):
-    """Zero, with gradient l2·θ: the term ½·l2·‖θ‖² of the loss without the cost of its value.
+    """Zero, with gradient l2·θ: the term ½·l2·‖θ‖² of the loss without the cost of computing its value.
 
-    In the loss rather than in the optimizer, it is part of ε, of both gradients and of the clip norm, is
-    scaled with the loss under fp16, and is there before DistributedDataParallel averages.
+    In the loss rather than in the optimizer, it is part of ε, of both gradients and of the clip norm, scales
+    with the loss under fp16, and is in place before DistributedDataParallel averages.
     """
 
     @staticmethod
@@ -38,28 +38,31 @@ class _L2(torch.autograd.Function):
 
 
 class Training:
-    """One run's model, optimizer and data, and the epochs over them.
+    """A run's model, optimizer and data, and the epochs over them.
 
-    With several ranks (`rst.training.distributed`) each has its share of every batch, and of the test images.
+    Of several ranks (`rst.training.distributed`) each takes its share of every batch and of the test images.
 
     Args:
-        model: on its device; under several ranks a DistributedDataParallel.
+        model: on its device; with several ranks, in DistributedDataParallel.
         optimizer: an `RST` over the model's parameters.
-        lr_factor: progress in [0, 1] → factor on the learning rate, per step.
+        lr_factor: factor on the learning rate of each step, as a function of progress in [0, 1].
         data: on the same device.
-        batch_size: images a step, of all ranks together.
+        batch_size: images per step, over all ranks.
         l2: coefficient of ½·l2·‖θ‖² in the loss, over all parameters.
-        clip_norm: global norm that the final gradient is clipped to, or None.
+        clip_norm: global norm to which the final gradient is clipped, or None.
         precision: "fp32", "bf16" or "fp16" (autocast; fp16 with loss scaling). "tf32" is fp32 here:
             `rst.training.device.allow_tf32` makes the difference.
-        grad_accumulation: the parts that a batch is propagated in, one after the other, which takes less
-            memory. BatchNorm then normalises by the part.
-        evaluate_every: epochs between evaluations; the last epoch is always evaluated.
+        grad_accumulation: parts in which a batch is propagated, one after the other, to save memory.
+            BatchNorm then normalises each part by itself.
+        evaluate_every: epochs from one evaluation to the next; the last epoch is always evaluated.
 
     Attributes:
-        metrics: one dict an epoch so far; with the state in `state_dict`, all there is to resume.
-        guard: knows of what is not finite, and, as `guard.stopping`, whether to end here: it is True on all
+        metrics: a dict for each epoch so far.
+        guard: raises when a number is no longer finite; `guard.stopping` says whether to end here, on all
             ranks after the same step.
+
+    Raises:
+        ValueError: settings that contradict each other, or do not fit the data or the number of ranks.
     """
 
     def __init__(
@@ -79,25 +82,19 @@ class Training:
         grad_accumulation: int = 1,
         evaluate_every: int = 1,
     ) -> None:
-        if precision not in PRECISIONS:
-            raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
         if precision == "fp16" and optimizer.mix == "normalized":
             raise ValueError(
                 "method.mix=normalized does not commute with fp16's loss scaling; use bf16 or fp32"
             )
-        if l2 < 0:
-            raise ValueError(f"l2 must be at least 0, got {l2}")
-        if clip_norm is not None and clip_norm <= 0:
-            raise ValueError(f"clip_norm must be above 0, or null for no clipping, got {clip_norm}")
         self.rank, self.ranks = distributed.rank(), distributed.ranks()
         if self.ranks > 1 and batch_size % (2 * self.ranks):
             raise ValueError(
                 f"batch_size={batch_size} must be divisible by {2 * self.ranks}, twice the number of ranks"
             )
-        if grad_accumulation < 1 or batch_size // self.ranks % grad_accumulation:
+        if batch_size // self.ranks % grad_accumulation:
             raise ValueError(
-                f"grad_accumulation must divide the {batch_size // self.ranks} images of a batch that a rank "
-                f"has, got {grad_accumulation}"
+                f"grad_accumulation must divide the {batch_size // self.ranks} images of a batch on each "
+                f"rank, got {grad_accumulation}"
             )
         self.model, self.optimizer, self.data, self.augment = model, optimizer, data, augment
         self.network: Any = model.module if self.ranks > 1 else model
@@ -112,7 +109,7 @@ class Training:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
         self.metrics: list[dict[str, Any]] = []
         self.guard = Guard(self.device, self.scaler.is_enabled(), self.steps_per_epoch)
-        # Where there is no GPU, torch.manual_seed formats a stack trace for each of its kinds: 0.1 ms a step.
+        # Without a GPU, torch.manual_seed formats a stack trace for each kind of device: 0.1 ms per step.
         on_cpu = self.device.type == "cpu"
         self._seed_generators = torch.default_generator.manual_seed if on_cpu else torch.manual_seed
         self._begin_epoch()
@@ -121,24 +118,28 @@ class Training:
 
     def _begin_epoch(self) -> None:
         self._done = 0  # steps of the epoch
-        # Sums of loss and of right answers stay on the device: reading them at every step would stall a GPU.
-        self._sums = torch.zeros(2, dtype=self._figures_dtype, device=self.device)
+        # Sums of losses and of correct answers, on the device: to read them at every step would stall a GPU.
+        self._sums = torch.zeros(2, dtype=self._sum_dtype, device=self.device)
         self._seconds_train = self._seconds_data = 0.0
 
     @property
-    def _figures_dtype(self) -> torch.dtype:
+    def _sum_dtype(self) -> torch.dtype:
         return torch.float32 if self.device.type == "mps" else torch.float64
 
     def run(self, stop: Callable[[], bool] = lambda: False) -> Generator[dict[str, Any] | None, None, None]:
-        """Train what is left. Yields None after each step and each batch of an evaluation, after each epoch
-        its metrics (times in seconds, loss in nats; those of the test where it is evaluated); at each of
-        these points the run can be saved and left.
+        """Train what is left of the run.
 
-        `stop` is asked at the same points; when it says yes, on any rank, `guard.stopping` becomes True.
+        Yields None after each step and after each batch of an evaluation, and the metrics after each epoch:
+        times in seconds, losses in nats, test metrics where the epoch is evaluated. At each of these points
+        the run can be saved and left.
+
+        Args:
+            stop: called before each of these points; once it returns True on any rank, `guard.stopping` is
+                True.
 
         Raises:
-            FloatingPointError: for a loss, gradient norm or weight that is not finite, before the optimizer's
-                step; on a GPU, which would have to wait for it, before the step after that.
+            FloatingPointError: a loss, gradient norm or weight is not finite: before the optimizer's step; on
+                a GPU, which would have to wait, before the next one.
         """
         while len(self.metrics) < self.epochs:
             yield from self._train_epoch(stop)
@@ -210,7 +211,7 @@ class Training:
         factor = self.lr_factor(step / (self.epochs * self.steps_per_epoch))
         for group, initial_lr in zip(self.optimizer.param_groups, self.initial_lrs, strict=True):
             group["lr"] = initial_lr * factor
-        # Dropout and the like; a stream of its own for each rank.
+        # For dropout and the like; each rank has its own stream.
         self._seed_generators(draw(self.seed, "model", self.rank * self.optimizer.total_steps + step))
         self.optimizer.gradient(closure)
         self.scaler.unscale_(self.optimizer)
@@ -220,31 +221,31 @@ class Training:
             clip_grads_with_norm_(self.parameters, self.clip_norm, gradient_norm)
         clean = passes[: len(parts)]
         loss = torch.stack([loss for loss, _ in clean]).sum()
-        # Of mixed labels, the image's own: it has at least half of the weight.
-        own = labels if labels.ndim == 1 else labels.argmax(1)
-        n_correct = (torch.cat([logits for _, logits in clean]).argmax(1) == own).sum()
+        # Of mixed labels, the image's own one has at least half of the weight.
+        unmixed = labels if labels.ndim == 1 else labels.argmax(1)
+        n_correct = (torch.cat([logits for _, logits in clean]).argmax(1) == unmixed).sum()
         with torch.no_grad():
             weight_norm = get_total_norm(self.parameters)
         stop_here = torch.full((), float(stop()), device=self.device)  # a kernel, not a copy that waits
-        figures = [loss, n_correct, gradient_norm, weight_norm, stop_here]
-        summed = distributed.sum_over_ranks(torch.stack([f.to(self._figures_dtype) for f in figures]))
+        numbers = [loss, n_correct, gradient_norm, weight_norm, stop_here]
+        summed = distributed.sum_over_ranks(torch.stack([x.to(self._sum_dtype) for x in numbers]))
         self._sums += summed[:2]
-        self.guard.look_at(summed, step)
+        self.guard.check(summed, step)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.guard.count(self.optimizer.has_gradient, step)  # left there when the scaler skips the step
 
     def _local_unless(self, is_last: bool) -> AbstractContextManager[Any]:
-        """Of several backward passes, only the last one's gradients go to the other ranks."""
+        """Gradients go to the other ranks after the last of several backward passes only."""
         return self.model.no_sync() if self.ranks > 1 and not is_last else nullcontext()  # type: ignore[operator]
 
     def _evaluate(self, stop: Callable[[], bool]) -> Generator[None, None, dict[str, Any]]:
         distributed.share_buffers(self.network)
         self.network.eval()
-        sums = torch.zeros(2, dtype=self._figures_dtype, device=self.device)
+        sums = torch.zeros(2, dtype=self._sum_dtype, device=self.device)
         seconds = 0.0
         batch_size, n_images = self.batch_size // self.ranks, len(self.data.test_labels)
-        n_batches = math.ceil(math.ceil(n_images / self.ranks) / batch_size)  # of the rank that has most
+        n_batches = math.ceil(math.ceil(n_images / self.ranks) / batch_size)  # on the rank with the most
         with closing(evaluation_batches(self.data, batch_size, self.rank, self.ranks)) as batches:
             for _ in range(n_batches):
                 begun = time.perf_counter()
@@ -263,17 +264,17 @@ class Training:
 
     @torch.inference_mode()
     def _evaluate_batch(self, images: Tensor, labels: Tensor) -> Tensor:
-        """Sum of the loss, and right answers."""
+        """Sum of the losses, and number of correct answers."""
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
             logits = self.network(images)
             loss = F.cross_entropy(logits, labels, reduction="sum")
         return torch.stack([loss, (logits.argmax(1) == labels).sum().to(loss)])
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything a resumed run needs; what is random needs nothing (see `rst.draws`).
+        """Everything that a resumed run needs. Random numbers need no state (see `rst.draws`).
 
         Raises:
-            FloatingPointError: where a weight is not finite.
+            FloatingPointError: a weight is not finite.
         """
         self._settle()
         if not math.isfinite(get_total_norm([p.detach() for p in self.parameters])):
@@ -301,5 +302,5 @@ class Training:
         self.metrics = state["metrics"]
         epoch = state["epoch"]
         self._done = epoch["steps"]
-        self._sums = torch.tensor(epoch["sums"], dtype=self._figures_dtype, device=self.device)
+        self._sums = torch.tensor(epoch["sums"], dtype=self._sum_dtype, device=self.device)
         self._seconds_train, self._seconds_data = epoch["seconds"]

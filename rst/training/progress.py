@@ -1,4 +1,4 @@
-"""What a run shows while it trains: a bar on a terminal, a line an epoch elsewhere."""
+"""What a run shows while it trains: a bar on a terminal, a line per epoch elsewhere."""
 
 import logging
 import sys
@@ -13,7 +13,7 @@ log = logging.getLogger("train")
 
 
 class Progress:
-    """A with-block; `shown` false shows nothing."""
+    """Used as a with-block. Without `shown` it shows nothing."""
 
     def __init__(self, training: Training, shown: bool) -> None:
         self.training, self.shown = training, shown
@@ -29,7 +29,7 @@ class Progress:
         self.bar.close()
 
     def update(self, metrics: dict[str, Any] | None) -> None:
-        """After each step, and after each epoch with its metrics."""
+        """Call it after each step, and with the metrics after each epoch."""
         self.bar.update(self.training.optimizer.steps - self.bar.n)
         if metrics is None:
             return

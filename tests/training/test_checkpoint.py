@@ -15,6 +15,7 @@ def test_round_trip(tmp_path):
     loaded = checkpoint.load(path, "id")
     assert torch.equal(loaded["model"]["w"], state["model"]["w"])
     assert loaded["metrics"] == state["metrics"]
+    assert torch.equal(torch.load(path, weights_only=True)["model"]["w"], torch.arange(3.0))  # by anyone
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint.pt"]
 
 
@@ -39,16 +40,9 @@ def test_no_pickled_code_is_executed(tmp_path):
 
     path = tmp_path / "checkpoint.pt"
     checkpoint.save(path, {"model": Payload()}, "id")
-    with pytest.raises(
-        ValueError, match=r"checkpoint\.pt is damaged \(Weights only load failed\): remove it"
-    ):
+    with pytest.raises(ValueError, match=r"checkpoint\.pt is damaged \(Weights only load failed\)"):
         checkpoint.load(path, "id")
     assert not (tmp_path / "executed").exists()
-
-
-def test_anyone_can_read_it_without_code(tmp_path):
-    checkpoint.save(tmp_path / "checkpoint.pt", {"w": torch.arange(3.0)}, "id")
-    assert torch.equal(torch.load(tmp_path / "checkpoint.pt", weights_only=True)["w"], torch.arange(3.0))
 
 
 def write_two(path):
@@ -75,9 +69,8 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, damage, cap
     checkpoint.save(path, {"epoch": 3.0}, "id")  # which does not put the damaged one in the whole one's place
     path.unlink()
     assert checkpoint.load(path, "id")["epoch"] == 1.0
-    record = caplog.records[0]
     reason = "is missing" if damage == "gone" else "is damaged ("
-    assert reason in record.message and record.message.endswith("going on from the checkpoint before it")
+    assert reason in caplog.records[0].message
 
 
 def test_a_flipped_bit_anywhere_is_noticed(tmp_path):
@@ -90,26 +83,36 @@ def test_a_flipped_bit_anywhere_is_noticed(tmp_path):
             checkpoint.load(path, "id")
 
 
-@pytest.mark.parametrize("schema", [None, 2, 99])
-def test_another_schema_is_refused(tmp_path, schema, monkeypatch):
-    monkeypatch.setattr(checkpoint, "SCHEMA", schema)
-    checkpoint.save(tmp_path / "checkpoint.pt", {}, "id")
-    monkeypatch.undo()
-    with pytest.raises(ValueError, match=rf"is of schema {schema}, and this version reads 1: go on with the"):
-        checkpoint.load(tmp_path / "checkpoint.pt", "id")
-
-
-def test_another_configurations_is_refused(tmp_path):
-    checkpoint.save(tmp_path / "checkpoint.pt", {}, "a1")
-    with pytest.raises(ValueError, match=r"is of a run with another configuration \(a1, not b2\): remove it"):
-        checkpoint.load(tmp_path / "checkpoint.pt", "b2")
-
-
 def test_both_damaged(tmp_path):
     path = tmp_path / "checkpoint.pt"
     write_two(path)
-    for one in tmp_path.iterdir():
-        one.write_bytes(b"")
-    message = r"checkpoint\.pt is damaged .* and .*checkpoint-previous\.pt is damaged .*: remove it"
+    for file in tmp_path.iterdir():
+        file.write_bytes(b"")
+    message = r"checkpoint\.pt is damaged .* and .*checkpoint-previous\.pt is damaged .*remove"
     with pytest.raises(ValueError, match=message):
         checkpoint.load(path, "id")
+
+
+@pytest.mark.parametrize(
+    ("steps", "epochs", "minutes", "due"),
+    [(None, None, None, []), (2, None, None, [2, 4, 6]), (None, 2, None, [6]), (4, 1, None, [3, 4, 6])],
+)
+def test_when_a_checkpoint_is_due(steps, epochs, minutes, due):
+    """In two epochs of three steps, each followed by two batches of an evaluation."""
+    every = checkpoint.Every(steps, epochs, minutes)
+    found = []
+    for step in range(1, 7):
+        ends = [None] if step % 3 else [None, None, None, step // 3]
+        found += [step for epoch in ends if every.is_due(step, epoch)]
+    assert found == due
+
+
+def test_a_checkpoint_is_due_minutes_after_the_last_one(monkeypatch):
+    now = 0.0
+    monkeypatch.setattr(checkpoint.time, "monotonic", lambda: now)
+    every = checkpoint.Every(None, None, every_minutes=2)
+    found = []
+    for step in range(1, 10):
+        now += 50.0
+        found += [step] if every.is_due(step, None) else []
+    assert found == [3, 6, 9]

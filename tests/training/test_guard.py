@@ -1,4 +1,4 @@
-"""When a step's figures are read, and what is made of them. `tests/test_engine.py` has them in training."""
+"""When a step's numbers are read, and what comes of them. `test_loop.py` has the guard in training."""
 
 import math
 
@@ -7,40 +7,30 @@ import torch
 
 from rst.training.guard import Guard
 
-FINE = [0.5, 3.0, 1.0, 2.0, 0.0]  # loss, right answers, gradient norm, norm of the weights, request to stop
+FINE = {"loss": 0.5, "correct": 3.0, "gradient norm": 1.0, "norm of the weights": 2.0, "stop": 0.0}
 
 
-def figures(**changed):
-    names = ["loss", "correct", "gradient", "weights", "stop"]
-    return torch.tensor([changed.get(name, value) for name, value in zip(names, FINE, strict=True)])
+def numbers(**changed):
+    return torch.tensor([*(FINE | changed).values()])
 
 
-@pytest.mark.parametrize(
-    ("name", "words"),
-    [
-        ("loss", "the loss is"),
-        ("gradient", "the gradient norm is"),
-        ("weights", "the norm of the weights is"),
-    ],
-)
+@pytest.mark.parametrize("name", ["loss", "gradient norm", "norm of the weights"])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_names_what_is_not_finite(name, words, value):
+def test_names_what_is_not_finite_and_where(name, value):
     guard = Guard(torch.device("cpu"), scaled=False, steps_per_epoch=10)
-    guard.look_at(figures(), 0)
-    with pytest.raises(
-        FloatingPointError, match=rf"^{words} {value} at step 25 \(epoch 3, batch 5\); the last"
-    ):
-        guard.look_at(figures(**{name: value}), 25)
+    guard.check(numbers(), 0)
+    with pytest.raises(FloatingPointError, match=rf"^the {name} is {value} at step 25 \(epoch 3, batch 5\)"):
+        guard.check(numbers(**{name: value}), 25)
 
 
 def test_a_scaled_gradient_may_overflow():
     guard = Guard(torch.device("cpu"), scaled=True, steps_per_epoch=10)
-    guard.look_at(figures(gradient=math.inf), 0)
+    guard.check(numbers(**{"gradient norm": math.inf}), 0)
     with pytest.raises(FloatingPointError, match="the loss is nan"):
-        guard.look_at(figures(loss=math.nan), 0)
+        guard.check(numbers(loss=math.nan), 0)
 
 
-def test_only_a_run_of_skipped_steps_stops():
+def test_only_skipped_steps_in_a_row_stop():
     guard = Guard(torch.device("cpu"), scaled=True, steps_per_epoch=10)
     for step in range(100):
         guard.count(step % 20 != 0, step)
@@ -67,9 +57,9 @@ def test_on_a_gpu_a_step_is_read_during_the_next_one(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"of {device}")
     monkeypatch.setattr(torch, "empty", lambda *size, pin_memory, **options: empty(*size, **options))
     guard = Guard(torch.device("cuda"), scaled=False, steps_per_epoch=10)
-    guard.look_at(figures(stop=1.0), 0)
+    guard.check(numbers(stop=1.0), 0)
     assert not guard.stopping and Event.waited == 0
-    guard.look_at(figures(loss=math.nan), 1)
+    guard.check(numbers(loss=math.nan), 1)
     assert guard.stopping and Event.waited == 1
     with pytest.raises(FloatingPointError, match="at step 1"):
         guard.settle()

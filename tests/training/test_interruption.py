@@ -13,16 +13,6 @@ from conftest import ROOT
 
 from rst.training.interruption import SIGNALS, Interruption
 
-# Eight epochs of six steps, some 0.3 s each on this project's machines; a checkpoint an epoch.
-ARGUMENTS = [
-    "protocol=quick",
-    "batch_size=216",
-    "model.width=32",
-    "epochs=8",
-    "method=sam",
-    "checkpoint.every_epochs=1",
-]
-
 
 def wait_until(condition, seconds=60):
     deadline = time.monotonic() + seconds
@@ -104,57 +94,26 @@ def test_ignored_signals_stay_ignored():
         signal.signal(signal.SIGINT, former)
 
 
-class Started:
-    """`python train.py` as a process of its own, in training."""
-
-    def __init__(self, outputs, *arguments):
-        command = [sys.executable, "train.py", *ARGUMENTS, *arguments, f"outputs={outputs}"]
-        self.process = subprocess.Popen(
-            command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        )  # fmt: skip
-        wait_until(lambda: list(outputs.glob("*/checkpoint.pt")))
-        (self.folder,) = outputs.glob("*/")
-
-    def end(self, *numbers):
-        """Send the signals; returns the exit code and how long it took."""
-        began = time.monotonic()
-        for number in numbers:
-            self.process.send_signal(number)
-            time.sleep(0.5)  # for Python to run its handler, which waits for the end of a convolution
-        self.output, _ = self.process.communicate(timeout=30)
-        return self.process.returncode, time.monotonic() - began
-
-
-def state_of(folder):
-    return torch.load(folder / "checkpoint.pt", weights_only=True)["training"]
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_run_ends_in_order_and_goes_on_from_there(number, tmp_path, run_train):
-    started = Started(tmp_path)
-    code, seconds = started.end(number)
-    assert code == 128 + number, started.output
-    assert seconds < 5
-    assert "Traceback" not in started.output
-    state = state_of(started.folder)
+def test_a_run_ends_in_order_and_resumes(tmp_path, run_train):
+    """Eight epochs of six steps of 0.3 s or so, with a checkpoint after each epoch."""
+    size = ["batch_size=216", "model.width=32", "epochs=8", "checkpoint.every_epochs=1"]
+    arguments = ["protocol=quick", "method=sam", *size, f"outputs={tmp_path}"]
+    process = subprocess.Popen(
+        [sys.executable, "train.py", *arguments], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    wait_until(lambda: list(tmp_path.glob("*/checkpoint.pt")))
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM, output
+    assert "Traceback" not in output
+    (folder,) = tmp_path.glob("*/")
+    state = torch.load(folder / "checkpoint.pt", weights_only=True)["training"]
     steps = state["optimizer"]["param_groups"][0]["rst"]["steps"]
     assert steps == 6 * len(state["metrics"]) + state["epoch"]["steps"] < 48
-    assert not (started.folder / "result.json").exists() and not list(started.folder.glob(".*.tmp"))
-    if number == signal.SIGTERM:
-        run_train(*ARGUMENTS, f"outputs={tmp_path}")
-        lines = (started.folder / "metrics.jsonl").read_text().splitlines()
-        assert [json.loads(line)["epoch"] for line in lines] == list(range(1, 9))
-        assert json.loads((started.folder / "result.json").read_text())["steps"] == 48
-
-
-@pytest.mark.slow
-def test_ctrl_c_twice_leaves_the_last_checkpoint_whole(tmp_path):
-    started = Started(tmp_path, "batch_size=1296", "model.width=64")  # a step of seconds
-    code, seconds = started.end(signal.SIGINT, signal.SIGINT)
-    assert code == -signal.SIGINT and seconds < 2
-    state = state_of(started.folder)
-    assert state["epoch"]["steps"] == 0 and state["optimizer"]["param_groups"][0]["rst"]["steps"] == len(
-        state["metrics"]
-    )
+    assert not (folder / "result.json").exists() and not list(folder.glob(".*.tmp"))
+    run_train(*arguments)
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["epoch"] for line in lines] == list(range(1, 9))
+    assert json.loads((folder / "result.json").read_text())["steps"] == 48
