@@ -1,10 +1,11 @@
 """Several optimizers as one, which shares their parameter groups and state."""
 
 import inspect
-from collections import ChainMap
-from collections.abc import Sequence
+from collections.abc import Iterator, MutableMapping, Sequence
+from itertools import chain
 from typing import Any
 
+from torch import Tensor
 from torch.optim import Optimizer
 
 
@@ -47,7 +48,7 @@ class Joint(Optimizer):
     @property
     def state(self) -> Any:
         """The bases'."""
-        return self.bases[0].state if len(self.bases) == 1 else ChainMap(*(base.state for base in self.bases))
+        return self.bases[0].state if len(self.bases) == 1 else _States(self.bases)
 
     @state.setter
     def state(self, value: Any) -> None:
@@ -118,6 +119,37 @@ class Joint(Optimizer):
         self.load_extra_state(extra[0])
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
+
+
+class _States(MutableMapping[Tensor, Any]):
+    """The states of several optimizers as one; each parameter's is in the optimizer that has it."""
+
+    def __init__(self, bases: Sequence[Optimizer]) -> None:
+        self._bases = bases
+
+    def _of(self, p: Tensor) -> Any:
+        for base in self._bases:
+            if any(p is each for group in base.param_groups for each in group["params"]):
+                return base.state
+        raise KeyError(p)
+
+    def __getitem__(self, p: Tensor) -> Any:
+        return self._of(p)[p]
+
+    def __setitem__(self, p: Tensor, value: Any) -> None:
+        self._of(p)[p] = value
+
+    def __delitem__(self, p: Tensor) -> None:
+        del self._of(p)[p]
+
+    def __contains__(self, p: object) -> bool:  # to ask for it would make one
+        return any(p in base.state for base in self._bases)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return chain.from_iterable(base.state for base in self._bases)
+
+    def __len__(self) -> int:
+        return sum(len(base.state) for base in self._bases)
 
 
 def _check(bases: list[Any]) -> None:
