@@ -5,7 +5,7 @@ import re
 import warnings
 import weakref
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import closing, nullcontext
 from numbers import Integral, Real
 from typing import Any, Literal
 
@@ -18,12 +18,13 @@ from rst.passes import (
     accumulating,
     buffers_kept,
     can_skip_averaging,
+    check_module,
     gradients_kept,
     random_state,
     set_random_state,
     true_gradient,
 )
-from rst.perturbation import Perturbation, local, total_norm
+from rst.perturbation import Perturbation, divide, local, total_norm
 from rst.schedule import Constant, Schedule, expected_propagations, uniform
 
 Pass = Literal["clean", "perturbed"]
@@ -111,7 +112,7 @@ class RST(Joint):
                 f"schedule must be a number or a schedule such as Linear(0.0, 1.0), got {schedule!r}"
             )
         _check_rho(rho)
-        _check_module(module)
+        check_module(module)
         super().__init__([base] if isinstance(base, Optimizer) else base, {"rho": rho})
         self.rho = rho
         for _, of_group in self._groups():
@@ -138,8 +139,9 @@ class RST(Joint):
 
         Yields "clean" with the weights at θ and then, in a SAM step, "perturbed" with them at θ + ε. After
         the loop `.grad` holds the step's gradient g, to be unscaled or clipped before `step()`. To accumulate
-        gradients, loop over the micro-batches in the body. When the body raises, breaks or returns, weights,
-        buffers and random numbers are put back and the gradients dropped; the step does not count.
+        gradients, loop over the micro-batches in the body. When the body raises, breaks or returns, weights
+        are θ again, buffers and random numbers as the clean pass left them, gradients None, and the step does
+        not count.
 
         Raises:
             ValueError: past `total_steps`, or where the schedule gives no probability.
@@ -177,7 +179,7 @@ class RST(Joint):
         if not grads:
             raise RuntimeError("step() has no gradient: loop over passes() before it, or call step(closure)")
         # Zero gradients are how torch.distributed.checkpoint has an optimizer set up its state.
-        if not self.has_gradient and any(local(grad).any() for grad in grads):
+        if not self.has_gradient and total_norm(grads) != 0:
             raise RuntimeError(
                 "step() has the gradients of a backward() outside passes(), without any perturbation: call "
                 "backward() in a loop over passes()"
@@ -214,21 +216,17 @@ class RST(Joint):
         before = random_state(devices)
         module: Any = self.module
         others = self._parameters_of_others()
-        is_local = not self.sync_perturbation and can_skip_averaging(module, bool(others))
+        is_local = not self.sync_perturbation and can_skip_averaging(module, self._parameters(), bool(others))
         with true_gradient(module), module.no_sync() if is_local else nullcontext():
             yield "clean"
         self._require_gradients()
         parameters = [p for p in self._parameters() if p.grad is not None]
         after = random_state(devices)
         try:
-            with self._perturbed(parameters):
+            with self._perturbation.applied(list(self._groups()), self.adaptive):
                 kept = self._keep_share_of_clean_gradient(parameters)
                 set_random_state(before)
-                with (
-                    buffers_kept(module),
-                    gradients_kept(others),
-                    accumulating(kept, is_local),
-                ):
+                with buffers_kept(module), gradients_kept(others), accumulating(kept, is_local):
                     yield "perturbed"
         finally:
             set_random_state(after)
@@ -240,20 +238,6 @@ class RST(Joint):
             if p.grad is None:  # used in the clean pass only, so ∇L(θ + ε) is 0 there
                 p.grad = torch.zeros_like(p)
 
-    @contextmanager
-    def _perturbed(self, parameters: list[Tensor]) -> Iterator[None]:
-        """θ + ε inside, θ bit for bit after it."""
-        try:
-            with torch.no_grad():
-                norm = self._perturbation.norm(parameters, self.adaptive)
-                for group, rho in self._groups():
-                    of_group = [p for p in group["params"] if p.grad is not None and p.requires_grad]
-                    self._perturbation.apply(of_group, _divide(rho, norm), self.adaptive)
-            yield
-        finally:
-            with torch.no_grad():
-                self._perturbation.revert()
-
     @torch.no_grad()
     def _keep_share_of_clean_gradient(self, parameters: list[Tensor]) -> list[Tensor]:
         """Scale ∇L(θ) so that γ·(what is kept + ∇L(θ + ε)) is the mix: it needs no second buffer. Returns the
@@ -264,7 +248,7 @@ class RST(Joint):
         share = (1 - self.gamma) / self.gamma
         factor: Any = share
         if self.mix == "normalized":
-            factor = _divide(share, total_norm(self._gradients()))
+            factor = divide(share, total_norm(self._gradients()))
         torch._foreach_mul_([local(grad) for grad in self._gradients()], factor)
         return parameters
 
@@ -280,16 +264,16 @@ class RST(Joint):
 
     def _refuse_to_drop_gradients(self) -> None:
         """After a step there are none. These checks wait for the device, so only where there are some."""
-        grads = [local(grad) for grad in self._gradients()]
+        grads = self._gradients()
         if not grads:
             return
-        if self.has_gradient:
-            if all(grad.isfinite().all() for grad in grads):  # else GradScaler has skipped the step
-                raise RuntimeError(
-                    "passes() was called again before step(): to accumulate gradients, loop over the "
-                    "micro-batches within one loop over passes(); to leave a step out, call zero_grad()"
-                )
-        elif any(grad.any() for grad in grads):
+        norm = total_norm(grads)  # on every rank the same
+        if self.has_gradient and norm.isfinite():  # else GradScaler has skipped the step
+            raise RuntimeError(
+                "passes() was called again before step(): to accumulate gradients, loop over the "
+                "micro-batches within one loop over passes(); to leave a step out, call zero_grad()"
+            )
+        if not self.has_gradient and norm != 0:
             raise RuntimeError(
                 "passes() would drop the gradients of a backward() outside it: call backward() in the loop "
                 "over passes(), also to accumulate micro-batches, or drop them by zero_grad()"
@@ -305,11 +289,12 @@ class RST(Joint):
         if any(grad.is_sparse for grad in grads):
             raise TypeError("RST does not take sparse gradients: make the embedding with sparse=False")
 
-    def _groups(self) -> Iterator[tuple[dict[str, Any], float]]:
-        """Each parameter group with its ρ."""
+    def _groups(self) -> Iterator[tuple[list[Tensor], float]]:
+        """Each group's parameters and ρ."""
         for base in self.bases:
             for group in base.param_groups:
-                yield group, self.rho if "rho" in base.defaults else group.setdefault("rho", self.rho)
+                rho = self.rho if "rho" in base.defaults else group.setdefault("rho", self.rho)
+                yield group["params"], rho
 
     def _parameters(self) -> Iterator[Tensor]:
         return (p for group in self.param_groups for p in group["params"] if p.requires_grad)
@@ -348,11 +333,6 @@ class RST(Joint):
         self.has_gradient = False
 
 
-def _divide(numerator: float, norm: Tensor) -> Tensor:
-    """numerator / norm, and 0 for a gradient of norm 0: without a direction there is no perturbation."""
-    return torch.where(norm > 0, numerator / norm, 0.0)
-
-
 def _check_rho(rho: float) -> None:
     if not isinstance(rho, float | Real) or not 0 <= rho < math.inf:
         raise ValueError(f"rho must be a finite number of at least 0, got {rho!r}")
@@ -367,11 +347,3 @@ def _resolve_gamma(gamma: float | str, schedule: Schedule, total_steps: int) -> 
     if not isinstance(gamma, float | Real) or not 0 < gamma < math.inf:
         raise ValueError(f"gamma must be a finite number above 0, or 'matched', got {gamma!r}")
     return float(gamma)
-
-
-def _check_module(module: nn.Module | None) -> None:
-    for layer in module.modules() if module is not None else ():
-        if getattr(layer, "sparse", False) is True:
-            raise ValueError("RST does not take sparse gradients: make the embedding with sparse=False")
-        if type(layer).__name__ == "FullyShardedDataParallel":
-            raise ValueError("RST works with fully_shard (FSDP2), not with FullyShardedDataParallel (FSDP1)")

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch.autograd.graph import register_multi_grad_hook
 
 from rst.perturbation import is_sharded, local
 
@@ -38,32 +38,16 @@ def true_gradient(module: nn.Module | None) -> Iterator[None]:
 
 @contextmanager
 def buffers_kept(module: nn.Module | None) -> Iterator[None]:
-    """On leaving, all buffers of `module`, such as BatchNorm's running statistics, are as they were before.
-
-    DistributedDataParallel may give every rank the buffers of rank 0 at the start of a pass. Those stay.
-    """
-    kept: list[tuple[nn.Module, str, Tensor, Tensor]] = []
-
-    @torch.no_grad()
-    def keep(*_: object) -> None:
-        if begun:
-            begun.pop().remove()
-        kept[:] = [
-            (layer, name, buffer, buffer.clone())
-            for layer in _modules(module)
-            for name, buffer in layer._buffers.items()
-            if buffer is not None
-        ]
-
-    begun: list[torch.utils.hooks.RemovableHandle] = []
-    keep()
-    if isinstance(module, DistributedDataParallel):
-        begun.append(module.module.register_forward_pre_hook(keep))
+    """On leaving, all buffers of `module`, such as BatchNorm's running statistics, are what they were."""
+    kept = [
+        (layer, name, buffer, buffer.clone())
+        for layer in _modules(module)
+        for name, buffer in layer._buffers.items()
+        if buffer is not None
+    ]
     try:
         yield
     finally:
-        while begun:
-            begun.pop().remove()
         with torch.no_grad():
             for layer, name, buffer, value in kept:
                 buffer.copy_(value)
@@ -86,66 +70,75 @@ def gradients_kept(parameters: Iterable[Tensor]) -> Iterator[None]:
 @contextmanager
 def accumulating(parameters: list[Tensor], is_local: bool) -> Iterator[None]:
     """On leaving, the gradients are the sum of those on entering and those computed inside, also where
-    `zero_grad` is called inside. That is seen when the first gradient of one parameter arrives.
+    `zero_grad` is called inside. That is seen when the first gradient of a parameter arrives.
 
     Args:
         parameters: all have a gradient.
         is_local: whether these gradients still have to be averaged over ranks, together with the new ones.
 
     Raises:
-        RuntimeError: where gradients were zeroed inside, and nothing can be added afterwards.
+        RuntimeError: where no gradients are computed inside, or where gradients are zeroed inside and nothing
+            can be added afterwards.
     """
     if not parameters:
         yield
         return
-    held = [(p, p.grad, _version(p.grad)) for p in parameters]
-    probe, of_probe, version = min(held, key=lambda each: each[0].numel())
-    zeroed: list[bool] = []
+    held = {p: (p.grad, _versions(p.grad)) for p in parameters}
+    zeroed: set[Tensor] | None = None
 
-    def look(_: Tensor) -> None:
-        grad = probe.grad  # DistributedDataParallel may have moved it into a bucket, but not dropped it
-        zeroed.append(grad is None or (grad is of_probe and _version(grad) != version))
+    def look(_: object = None) -> None:
+        nonlocal zeroed
+        if zeroed is None:
+            zeroed = {p for p, (grad, versions) in held.items() if _is_zeroed(p, grad, versions[0])}
 
-    handle = probe.register_hook(look)
+    handle = register_multi_grad_hook(parameters, look, mode="any")
     try:
         yield
     finally:
         handle.remove()
-    if all(p.grad is grad and _version(grad) == version for p, grad, version in held):
+    if zeroed is None and all(p.grad is g and _versions(g) == v for p, (g, v) in held.items()):
         raise RuntimeError(
             "the second pass left no gradients: it must call backward() on the loss, as the first did"
         )
-    if not (zeroed[0] if zeroed else probe.grad is not of_probe):
-        return
-    if is_local or probe.grad is of_probe:
-        way = "under DistributedDataParallel" if is_local else "with set_to_none=False"
-        raise RuntimeError(
-            f"gradients were zeroed {way} in the second pass, which adds to those of the first unless gamma "
-            "is 1: remove zero_grad() from the loop over passes() or from the closure"
-        )
-    for p, grad, _ in held:
-        p.grad = grad if p.grad is None else p.grad.add_(grad)  # type: ignore[arg-type]
+    look()  # now, where no hook was called: with fully_shard, gradients do not arrive at the parameters
+    for p in zeroed or ():
+        grad, versions = held[p]
+        if is_local or p.grad is grad or _versions(grad) != versions:
+            raise RuntimeError(
+                "the second pass adds to the gradients of the first, as gamma is not 1, but they were zeroed "
+                "in place (set_to_none=False) or under DistributedDataParallel: remove zero_grad() from the "
+                "loop over passes() or from the closure"
+            )
+        with torch.no_grad():
+            p.grad = grad if p.grad is None else p.grad.add_(grad)  # type: ignore[arg-type]
 
 
-def _version(tensor: Tensor | None) -> int:
-    """Counts the changes in place."""
-    return local(tensor)._version  # type: ignore[arg-type]
+def _is_zeroed(p: Tensor, grad: Tensor | None, version: int) -> bool:
+    """Whether `grad` of that version was zeroed, or set to None, since it was the gradient of p."""
+    if p.grad is grad:
+        return grad is not None and grad._version != version  # fully_shard adds to its local tensor
+    return p.grad is None or is_sharded(p)  # DistributedDataParallel moves gradients into a bucket
 
 
-def can_skip_averaging(module: Any, has_others: bool) -> bool:
+def _versions(tensor: Tensor | None) -> tuple[int, int]:
+    """Count the changes in place, of a DTensor those of itself and of its local tensor."""
+    return tensor._version, local(tensor)._version  # type: ignore[arg-type, union-attr]
+
+
+def can_skip_averaging(module: Any, parameters: Iterable[Tensor], has_others: bool) -> bool:
     """Whether `module.no_sync()` may leave the clean pass's gradients to each rank.
 
     Args:
+        parameters: those of RST's optimizers.
         has_others: whether `module` has trainable parameters that no optimizer of RST's has.
 
     Raises:
         ValueError: where that would go wrong.
     """
     if not hasattr(module, "no_sync"):
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            sharded = module is not None and any(map(is_sharded, module.parameters()))
-            if not sharded:
-                warnings.warn(NOT_THE_WRAPPER, stacklevel=2)
+        ranks = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+        if ranks > 1 and not any(map(is_sharded, parameters)):
+            warnings.warn(NOT_THE_WRAPPER, stacklevel=2)
         return False
     if getattr(module, "static_graph", False):
         raise ValueError(
@@ -158,6 +151,15 @@ def can_skip_averaging(module: Any, has_others: bool) -> bool:
             "all optimizers, RST([base, other], ...), or freeze these parameters"
         )
     return True
+
+
+def check_module(module: nn.Module | None) -> None:
+    """Raises ValueError for a model that RST cannot train."""
+    for layer in _modules(module):
+        if getattr(layer, "sparse", False) is True:
+            raise ValueError("RST does not take sparse gradients: make the embedding with sparse=False")
+        if type(layer).__name__ == "FullyShardedDataParallel":
+            raise ValueError("RST works with fully_shard (FSDP2), not with FullyShardedDataParallel (FSDP1)")
 
 
 RandomState = dict[torch.device, Tensor]

@@ -1,6 +1,7 @@
 """Weights moved from θ to θ + ε and back."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -20,9 +21,31 @@ class Perturbation:
         self._swapped: list[Tensor] = []
         self._overwritten: list[Tensor] = []
 
-    def norm(self, parameters: Sequence[Tensor], adaptive: bool) -> Tensor:
-        """‖g‖₂ of the parameters' gradients together, or ‖|θ|·g‖₂ where `adaptive`: on every rank that of all
-        shards."""
+    @contextmanager
+    def applied(self, groups: Sequence[tuple[list[Tensor], float]], adaptive: bool) -> Iterator[None]:
+        """θ + ε inside, θ after it: ε = ρ g/‖g‖, or ρ |θ|²g/‖|θ|·g‖ where `adaptive`. The norm is over all
+        groups and all ranks' shards together.
+
+        Args:
+            groups: parameters and their ρ. Those without a gradient g stay where they are.
+        """
+        with_gradient = [
+            ([p for p in parameters if p.requires_grad and p.grad is not None], rho)
+            for parameters, rho in groups
+        ]
+        try:
+            with torch.no_grad():
+                norm = self._norm([p for parameters, _ in with_gradient for p in parameters], adaptive)
+                for parameters, rho in with_gradient:
+                    self._apply(parameters, divide(rho, norm), adaptive)
+            torch.clear_autocast_cache()  # of low-precision copies of the weights
+            yield
+        finally:
+            with torch.no_grad():
+                self._revert()
+            torch.clear_autocast_cache()
+
+    def _norm(self, parameters: Sequence[Tensor], adaptive: bool) -> Tensor:
         tensors: list[Any] = [p.grad for p in parameters]
         if adaptive:
             tensors = [
@@ -31,7 +54,7 @@ class Perturbation:
             ]
         return total_norm(tensors)
 
-    def apply(self, parameters: Sequence[Tensor], scale: Tensor, adaptive: bool) -> None:
+    def _apply(self, parameters: Sequence[Tensor], scale: Tensor, adaptive: bool) -> None:
         """θ ← θ + scale·g, or θ + scale·|θ|²·g where `adaptive`. `scale`: a scalar, on any device."""
         for p in filter(_may_swap, parameters):
             copy, direction = self._copy(p), p.grad
@@ -42,24 +65,21 @@ class Perturbation:
             self._swapped.append(p)
         others = [p for p in parameters if not _may_swap(p)]
         if others:
-            self._overwritten += others
             thetas = [local(p) for p in others]
             torch._foreach_copy_([self._copy(p) for p in others], thetas)
+            self._overwritten += others  # now that there is something to go back to
             for theta, p in zip(thetas, others, strict=True):
                 grad = local(p.grad, p)  # type: ignore[arg-type]
                 direction = grad * theta * theta.conj() if adaptive else grad
                 theta.addcmul_(direction, scale.to(theta.device))
-        torch.clear_autocast_cache()  # of low-precision copies of the weights
 
-    def revert(self) -> None:
-        """θ again, wherever `apply` moved it."""
+    def _revert(self) -> None:
         for p in self._swapped:
             self._swap(p)
         if self._overwritten:
             copies = [self._copy(p) for p in self._overwritten]
             torch._foreach_copy_([local(p) for p in self._overwritten], copies)
         self._swapped, self._overwritten = [], []
-        torch.clear_autocast_cache()
 
     def _swap(self, p: Tensor) -> None:
         p.data, self._copies[p] = self._copies[p], p.data
@@ -98,3 +118,8 @@ def total_norm(tensors: Sequence[Tensor]) -> Tensor:
     norms: list[Any] = [get_total_norm(group) for group in by_mesh.values()]
     norms = [norm.full_tensor() if is_sharded(norm) else norm for norm in norms]
     return norms[0] if len(norms) == 1 else get_total_norm(norms)
+
+
+def divide(numerator: float, norm: Tensor) -> Tensor:
+    """numerator / norm, and 0 for a gradient of norm 0: without a direction there is no perturbation."""
+    return torch.where(norm > 0, numerator / norm, 0.0)
