@@ -1,4 +1,4 @@
-"""What `python train.py --list` prints: each group's options with a line on each, and the models' sizes."""
+"""What `python train.py --list` prints: a line on each option of each group, and the sizes of the models."""
 
 from pathlib import Path
 from typing import Any
@@ -15,19 +15,17 @@ SIZE = f"parameters at {PIXELS}×{PIXELS}, {CLASSES} classes"
 
 
 def options(conf: Path, group: str) -> dict[str, str]:
-    """The group's options, each with the first comment of its file."""
-    found = {}
+    """The first comment in the file of each of the group's options."""
+    comments = {}
     for path in sorted((conf / group).glob("*.yaml")):
-        comments = [
-            line.removeprefix("# ") for line in path.read_text().splitlines() if line.startswith("# ")
-        ]
-        comments = [line for line in comments if not line.startswith("@package")]
-        found[path.stem] = comments[0].strip() if comments else ""
-    return found
+        lines = [line for line in path.read_text().splitlines() if line.startswith("# ")]
+        texts = [line.removeprefix("# ") for line in lines if not line.startswith("# @package")]
+        comments[path.stem] = texts[0].strip() if texts else ""
+    return comments
 
 
 def model_table(conf: Path) -> list[tuple[str, str, str]]:
-    """(option, number of parameters at 10 classes and 3×32×32 pixels, first comment) of each model."""
+    """Option, number of parameters for 3×32×32 pixels and 10 classes, and comment of each model."""
     rows = []
     with initialize_config_dir(str(conf), version_base="1.3"):
         for name, comment in options(conf, "model").items():
@@ -35,7 +33,7 @@ def model_table(conf: Path) -> list[tuple[str, str, str]]:
             if OmegaConf.is_missing(node, "name"):
                 rows.append((name, "", comment))
                 continue
-            with torch.device("meta"):  # sizes without memory
+            with torch.device("meta"):  # allocates nothing
                 model = instantiate(node)(num_classes=CLASSES, in_chans=3, image_size=(PIXELS, PIXELS))
             count = sum(p.numel() for p in model.parameters())
             rows.append((name, f"{count:,}".replace(",", " "), comment))
@@ -43,7 +41,6 @@ def model_table(conf: Path) -> list[tuple[str, str, str]]:
 
 
 def listing(conf: Path) -> str:
-    """All of it, as text."""
     models = tabulate(
         model_table(conf), ("model=", SIZE, ""), disable_numparse=True, colalign=("left", "right")
     )
