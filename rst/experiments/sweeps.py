@@ -127,10 +127,13 @@ def expand(name: str, overrides: Sequence[str], where: str) -> list[tuple[str, l
 
 
 def _parse(overrides: Sequence[str], where: str) -> list[Override]:
-    try:
-        return OverridesParser.create().parse_overrides(list(overrides))
-    except HydraException as error:
-        raise ValueError(f"{where}: {str(error).splitlines()[0]}") from None
+    parser, parsed = OverridesParser.create(), []
+    for text in overrides:
+        try:
+            parsed.append(parser.parse_override(text))
+        except HydraException as error:
+            raise ValueError(f"{where}: cannot read {text!r}: {str(error).splitlines()[0]}") from None
+    return parsed
 
 
 def cells_of(overrides: Sequence[str]) -> list[Cell]:
