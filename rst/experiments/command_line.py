@@ -32,10 +32,10 @@ log = logging.getLogger(__name__)
 
 
 def describe(cfg: DictConfig, hydra_cfg: HydraConf) -> "Run":
-    """The run that a composed configuration and Hydra's part of it stand for.
+    """The run of a composed configuration, given without and with Hydra's own part of it.
 
     Raises:
-        ValueError: for settings of which there can be no run, in as far as no data are needed to tell.
+        ValueError: a setting is wrong, as far as that shows without data.
     """
     from rst.training.run import Run
 
@@ -45,7 +45,7 @@ def describe(cfg: DictConfig, hydra_cfg: HydraConf) -> "Run":
     config: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     settings = check(config, choices)
     run = Run(Path(settings.outputs), config, choices, command)
-    if run.result(warn=False) is None:  # a complete run has been checked, which imports what it builds
+    if run.result(warn=False) is None:  # else the imports of a second or two would be for nothing
         from rst.training.parts import rehearse
 
         rehearse(settings)
@@ -53,8 +53,8 @@ def describe(cfg: DictConfig, hydra_cfg: HydraConf) -> "Run":
 
 
 def task(function: Callable[[DictConfig], object]) -> Callable[[DictConfig], None]:
-    """A Hydra task that ends the process with one line for an error; a job of a sweep logs it and re-raises,
-    as Hydra reports only the first failure of a sweep."""
+    """A Hydra task that ends the process with a one-line error. In a sweep, whose first error alone Hydra
+    reports, each job logs its own instead."""
 
     @wraps(function)
     def wrapped(cfg: DictConfig) -> None:
@@ -79,8 +79,8 @@ def task(function: Callable[[DictConfig], object]) -> Callable[[DictConfig], Non
 
 @cache
 def end_with_parent(poll: float = 1.0) -> None:
-    """End this process, one of a launcher's, when the one that started it is gone: joblib's would hold their
-    memory for ever after a driver that was killed. A run has half a minute to end its step and save."""
+    """End this process when the launcher that started it is gone: joblib's processes would outlive a killed
+    driver, and keep their memory, for ever. The run has half a minute to finish its step and save."""
     parent = os.getppid()
 
     def watch() -> None:
@@ -94,10 +94,10 @@ def end_with_parent(poll: float = 1.0) -> None:
 
 
 def launch(main: Callable[[], None]) -> None:
-    """Run a script's main function, and end the process with one line for an error: with HYDRA_FULL_ERROR=1
-    in the environment, with its traceback."""
+    """Run a script's main function, and end the process with a one-line error, if any; with its traceback if
+    HYDRA_FULL_ERROR=1 is in the environment."""
     full_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra raise its errors rather than print them over lines
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra raise its errors rather than print them
     try:
         main()
     except KeyboardInterrupt:
@@ -113,7 +113,7 @@ def launch(main: Callable[[], None]) -> None:
 
 
 def explained(error: Exception, cfg: DictConfig) -> Exception:
-    """The error itself or, for want of memory, what to do about it."""
+    """The error itself or, if memory ran out, one that says what to do about it."""
     from torch import OutOfMemoryError
 
     # On a CPU, PyTorch raises a RuntimeError.
@@ -130,9 +130,9 @@ def explained(error: Exception, cfg: DictConfig) -> Exception:
 
 
 def one_line(error: Exception) -> str:
-    """The error's message on one line; with its type where nobody foresaw it."""
+    """The error's message on one line, with its type unless it is of a kind that is raised for users."""
     message = " ".join(str(error).split())
-    foreseen = (
+    for_users = (
         ValueError | OSError | FloatingPointError | MemoryError | HydraException | OmegaConfBaseException
     )
-    return message if isinstance(error, foreseen) else f"{type(error).__name__}: {message}"
+    return message if isinstance(error, for_users) else f"{type(error).__name__}: {message}"
