@@ -48,7 +48,7 @@ def assign(tensors: list[Tensor], values: list[Tensor]) -> None:
 
 def norm(tensors: Gradients) -> Tensor:
     """‖·‖₂ over all parameters together."""
-    squares = [(x * x).sum() for x in tensors if x is not None]
+    squares = [x.abs().square().sum() for x in tensors if x is not None]
     return torch.stack(squares).sum().sqrt() if squares else torch.zeros(())
 
 
@@ -167,14 +167,40 @@ def loss_of(model: nn.Module, t: int, dtype: torch.dtype = torch.float64) -> Ten
     return loss.detach()
 
 
+def by_passes(optimizer: RST, closure: Callable[[], Tensor]) -> Tensor:
+    """One step by a loop over `passes()`; returns the loss of the last pass."""
+    for _ in optimizer.passes():
+        loss = closure()
+    optimizer.step()
+    return loss
+
+
+def by_gradient(optimizer: RST, closure: Callable[[], Tensor]) -> Tensor:
+    loss = optimizer.gradient(closure)
+    optimizer.step()
+    return loss
+
+
+def by_step(optimizer: RST, closure: Callable[[], Tensor]) -> Tensor:
+    return optimizer.step(closure)
+
+
+WAYS = {"passes": by_passes, "gradient": by_gradient, "step": by_step}
+
+
 def take_steps(
-    model: nn.Module, optimizer: RST, steps: int = 200, start: int = 0, dtype: torch.dtype = torch.float64
+    model: nn.Module,
+    optimizer: RST,
+    steps: int = 200,
+    start: int = 0,
+    dtype: torch.dtype = torch.float64,
+    way: Callable[[RST, Closure], Tensor] = by_passes,
 ) -> list[bool]:
     """Train on the batches from `start` on; returns X_t, the decisions."""
     X = []
     for t in range(start, start + steps):
         before = optimizer.sam_steps
-        optimizer.step(lambda t=t: loss_of(model, t, dtype))
+        way(optimizer, lambda t=t: loss_of(model, t, dtype))
         X.append(optimizer.sam_steps > before)
     return X
 
