@@ -240,6 +240,6 @@ def test_a_checkpoint_that_cannot_be_used_is_left_as_it_is(change, run_train, tm
     (folder / "result.json").unlink()
     change(folder)
     before = {path: path.read_bytes() for path in folder.iterdir()}
-    with pytest.raises(SystemExit, match=rf"^error: {folder}/checkpoint.pt .*remove it"):
+    with pytest.raises(SystemExit, match=rf"^error: {folder}/checkpoint.pt .*remove "):
         run_train(*arguments)
     assert {path: path.read_bytes() for path in folder.iterdir()} == before
