@@ -9,9 +9,11 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-from rst import RST, Constant, Warmup
+from rst import Constant, Warmup
 from rst.experiments.choices import recipe
 from rst.training.lr_schedule import cosine, with_warmup
+from rst.training.parts import rehearse
+from rst.training.settings import read_settings
 
 # epochs, batch size, learning rate, L2, decoupled decay, ρ, warmup epochs
 CNN = (200, 256, 0.1, 1e-3, 0.0, 0.1, 0)
@@ -79,17 +81,9 @@ def test_a_recipe(arguments, expected):
         expected_augment = next(value for key, value in AUGMENTATIONS.items() if key in arguments)
         assert {key: config["augment"][key] for key in expected_augment} == expected_augment
 
-    # It builds, without memory: what a run makes of it before its first step.
-    side, classes = (224, 1000) if "imagenet" in arguments else (32, 100)
-    with torch.device("meta"):
-        model = instantiate(config["model"])(num_classes=classes, in_chans=3, image_size=(side, side))
-    base = instantiate(config["optimizer"])(model.parameters())
-    steps = config["epochs"] * 10
-    schedule = Warmup(instantiate(config["schedule"]), config["warmup_epochs"] * 10)
-    method = instantiate(config["method"])(base, schedule, steps, module=model, seed=0)
-    assert isinstance(method, RST)
-    assert method.param_groups[0]["rho"] == expected[5]
+    side = 224 if "imagenet" in arguments else 32
     instantiate(config["augment"]).check(3, side, side, config["batch_size"], streamed=side == 224)
+    rehearse(read_settings(config))
 
 
 def test_imagenets_networks_are_timms():
