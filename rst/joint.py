@@ -57,6 +57,7 @@ class Joint(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         if not any(param_group is group for group in self.param_groups):  # as Optimizer.__init__ lists them
             self.base.add_param_group(param_group)
+        param_group.setdefault("rst", {})  # torch.distributed.checkpoint loads what the groups have already
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Set all gradients to None, whatever `set_to_none` says."""
@@ -106,7 +107,7 @@ class Joint(Optimizer):
         for before in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = before(self, state_dict) or state_dict
         groups = [dict(group) for group in state_dict["param_groups"]]
-        extra = [group.pop("rst", None) for group in groups]
+        extra: list[Any] = [group.get("rst") for group in groups]
         if not all(extra):
             raise ValueError("this state_dict has no RST counters; load a base optimizer's into `.base`")
         if len(groups) != len(self.param_groups):
@@ -115,6 +116,7 @@ class Joint(Optimizer):
             part, groups = groups[: len(base.param_groups)], groups[len(base.param_groups) :]
             numbers = {i for group in part for i in group["params"]}
             state = {i: value for i, value in state_dict["state"].items() if i in numbers}
+            part = [{**group, "rst": {}} for group in part]
             base.load_state_dict({**state_dict, "state": state, "param_groups": part})
         self.load_extra_state(extra[0])
         for after in self._optimizer_load_state_dict_post_hooks.values():
@@ -158,7 +160,7 @@ def _check(bases: list[Any]) -> None:
         if not isinstance(base, Optimizer):
             raise TypeError(f"base must be a torch.optim.Optimizer, or a list of them, got {base!r}")
         if any(isinstance(value, Optimizer) for value in vars(base).values()) or isinstance(base, Joint):
-            raise TypeError(f"{name} wraps an optimizer, so it goes around RST: {name}(RST(...), ...)")
+            raise TypeError(f"{name} wraps an optimizer: give RST the inner one")
         closure = inspect.signature(base.step).parameters.get("closure")
         if closure is not None and closure.default is closure.empty:
             raise TypeError(

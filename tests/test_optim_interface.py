@@ -1,6 +1,5 @@
-"""RST as a torch optimizer: calls, counters, arguments, schedulers, state."""
+"""RST as a torch optimizer: calls, counters, arguments, schedulers."""
 
-import copy
 import gc
 import math
 import re
@@ -9,7 +8,7 @@ import weakref
 
 import pytest
 import torch
-from reference import BASES, assert_close, assert_same_bits, loss_of, network, sgd, state, take_steps
+from reference import assert_close, assert_same_bits, loss_of, network, sgd, state, take_steps
 
 from rst import RST, Constant, Linear, Periodic, uniform
 
@@ -30,20 +29,6 @@ def test_the_coin_decides():
     assert take_steps(model, optimizer, 50) == [uniform(11, t) < 1 - 0.8 * t / 50 for t in range(50)]
 
 
-def test_step_with_closure_is_gradient_then_step():
-    models = network(), network()
-    optimizers = [RST(sgd(m.parameters()), Constant(0.5), 20, gamma=0.5, module=m) for m in models]
-    torch.manual_seed(5)
-    together = [optimizers[0].step(lambda t=t: loss_of(models[0], t)) for t in range(20)]
-    torch.manual_seed(5)
-    apart = []
-    for t in range(20):
-        apart.append(optimizers[1].gradient(lambda t=t: loss_of(models[1], t)))
-        optimizers[1].step()
-    assert together == apart
-    assert_same_bits(*map(state, models))
-
-
 def test_loss_is_the_clean_pass_s():
     model = network()
     torch.manual_seed(5)
@@ -60,19 +45,6 @@ def test_loss_is_the_clean_pass_s():
     assert float(optimizer.gradient(closure)) == expected
     # With ρ = 1 the passes differ, or the line above would prove nothing.
     assert seen[0].item() == expected != seen[1].item()
-
-
-def test_step_needs_a_gradient():
-    model = network()
-    optimizer = RST(sgd(model.parameters()), Constant(0.5), 10, module=model)
-    with pytest.raises(RuntimeError, match="gradient"):
-        optimizer.step()
-    optimizer.step(lambda: loss_of(model, 0))
-    assert all(p.grad is None for p in model.parameters())
-    before = state(model)
-    with pytest.raises(RuntimeError, match="gradient"):
-        optimizer.step()
-    assert_same_bits(state(model), before)
 
 
 def test_stepping_past_the_end():
@@ -159,105 +131,6 @@ def test_learning_rate_scheduler():
                 scheduler.step()
             assert optimizer.base.param_groups[0]["lr"] == base.param_groups[0]["lr"] < 0.05
     assert_same_bits(state(model), state(alone))
-
-
-def build(base, steps=40):
-    model = network()
-    return model, RST(BASES[base](model.parameters()), Linear(0.2, 1.0), steps, gamma=0.5, module=model)
-
-
-@pytest.mark.parametrize("base", BASES)
-def test_state_dict_continues_identically(base, tmp_path):
-    model, optimizer = build(base)
-    torch.manual_seed(5)
-    X = take_steps(model, optimizer, 20)
-    torch.save([model.state_dict(), optimizer.state_dict(), torch.get_rng_state()], tmp_path / "state.pt")
-    X += take_steps(model, optimizer, 20, start=20)
-
-    again, resumed = build(base)
-    states = torch.load(tmp_path / "state.pt")
-    again.load_state_dict(states[0])
-    resumed.load_state_dict(states[1])
-    torch.set_rng_state(states[2])
-    expected = {"steps": 20, "sam_steps": sum(X[:20]), "propagations": 20 + sum(X[:20])}
-    (group,) = states[1]["param_groups"]
-    assert expected.items() <= group["rst"].items() == resumed.state_dict()["param_groups"][0]["rst"].items()
-    assert take_steps(again, resumed, 20, start=20) == X[20:]
-    assert_same_bits(state(again), state(model))
-    assert resumed.propagations == optimizer.propagations
-
-
-def test_groups_stay_the_base_s_after_loading():
-    """`base.load_state_dict` puts new dicts in `param_groups`; an old reference would miss later changes."""
-    model, optimizer = build("sgd")
-    take_steps(model, optimizer, 5)
-    saved = optimizer.state_dict()
-
-    again, resumed = build("sgd")
-    again.load_state_dict(model.state_dict())
-
-    def shared():
-        pairs = zip(resumed.param_groups, resumed.base.param_groups, strict=True)
-        return all(a is b and "rho" in a for a, b in pairs)
-
-    assert shared()
-    resumed.base.load_state_dict({key: saved[key] for key in ("state", "param_groups")})
-    assert shared()
-    resumed.load_state_dict(saved)
-    assert shared()
-    torch.optim.lr_scheduler.LambdaLR(resumed, lambda epoch: 0.0)
-    before = [p.clone() for p in again.parameters()]
-    take_steps(again, resumed, 1, start=5)
-    assert_same_bits(list(again.parameters()), before)
-
-
-def test_state_of_a_bare_base_can_be_loaded_into_the_base():
-    """It has no rho; the groups keep theirs."""
-    bare = network()
-    base = sgd(bare.parameters())
-    loss_of(bare, 0)
-    base.step()
-
-    model, optimizer = build("sgd")
-    model.load_state_dict(bare.state_dict())
-    optimizer.base.load_state_dict(base.state_dict())
-    take_steps(model, optimizer, 40)
-    assert optimizer.sam_steps > 0
-    assert [group["rho"] for group in optimizer.param_groups] == [0.1]
-
-
-def test_state_without_counters_is_refused():
-    _, optimizer = build("sgd")
-    with pytest.raises(ValueError, match="base"):
-        optimizer.load_state_dict(sgd(network().parameters()).state_dict())
-
-
-def test_a_group_added_later():
-    """It trains, and is perturbed, like a group that was there from the start."""
-    model, other = network(), network()
-    optimizer = RST(sgd(model[:4].parameters()), Constant(1.0), 5, module=model)
-    optimizer.add_param_group({"params": model[4].parameters(), "rho": 0.3})
-    groups = [{"params": other[:4].parameters()}, {"params": other[4].parameters(), "rho": 0.3}]
-    for m, o in (model, optimizer), (other, RST(sgd(groups), Constant(1.0), 5, module=other)):
-        torch.manual_seed(5)
-        take_steps(m, o, 5)
-    assert_same_bits(state(model), state(other))
-    with pytest.raises(ValueError, match="rho"):
-        optimizer.add_param_group({"params": [torch.nn.Parameter(torch.zeros(1))], "rho": -1.0})
-
-
-def test_a_copy_goes_on_by_itself():
-    model = network(plain=True)  # no dropout
-    optimizer = RST(sgd(model.parameters()), Constant(1.0), 10, module=model)
-    optimizer.step(lambda: loss_of(model, 0))
-    model_copy, copied = copy.deepcopy((model, optimizer))
-    for t in (1, 2):
-        optimizer.step(lambda t=t: loss_of(model, t))
-        copied.step(lambda t=t: loss_of(model_copy, t))
-    assert_same_bits(state(model), state(model_copy))
-    assert copied.propagations == optimizer.propagations == 6
-    copied.load_state_dict(optimizer.state_dict())
-    assert copied.param_groups is copied.base.param_groups is not optimizer.param_groups
 
 
 def test_a_schedule_that_gives_no_probability_is_refused():

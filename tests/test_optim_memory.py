@@ -107,11 +107,15 @@ def test_weights_come_back_where_there_is_no_memory_for_their_copy(monkeypatch):
     start = in_one_buffer(model).clone()
     optimizer = RST(sgd(model.parameters()), 1.0, 10)
 
-    def fail(*_, **__):
-        raise torch.OutOfMemoryError("no memory")
+    attempts = itertools.count()
+
+    def fail_once(tensor, allocate=torch.empty_like):
+        if next(attempts) == 0:
+            raise torch.OutOfMemoryError("no memory")
+        return allocate(tensor)
 
     with monkeypatch.context() as patched:
-        patched.setattr(torch, "empty_like", fail)
+        patched.setattr(torch, "empty_like", fail_once)
         with pytest.raises(torch.OutOfMemoryError):
             optimizer.step(lambda: loss_of(model, 0))
     assert torch.equal(start, nn.utils.parameters_to_vector(model.parameters()))

@@ -1,0 +1,226 @@
+"""Saving and resuming, copies, parameter groups."""
+
+import copy
+import pickle
+import warnings
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from reference import BASES, assert_same_bits, loss_of, network, sgd, state, take_steps
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+
+from rst import RST, Constant, Linear
+
+
+def build(base, steps=40):
+    model = network()
+    return model, RST(BASES[base](model.parameters()), Linear(0.2, 1.0), steps, gamma=0.5, module=model)
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_state_dict_continues_identically(base, tmp_path):
+    model, optimizer = build(base)
+    torch.manual_seed(5)
+    X = take_steps(model, optimizer, 20)
+    torch.save([model.state_dict(), optimizer.state_dict(), torch.get_rng_state()], tmp_path / "state.pt")
+    X += take_steps(model, optimizer, 20, start=20)
+
+    again, resumed = build(base)
+    states = torch.load(tmp_path / "state.pt")
+    again.load_state_dict(states[0])
+    resumed.load_state_dict(states[1])
+    torch.set_rng_state(states[2])
+    expected = {"steps": 20, "sam_steps": sum(X[:20]), "propagations": 20 + sum(X[:20])}
+    (group,) = states[1]["param_groups"]
+    assert expected.items() <= group["rst"].items() == resumed.state_dict()["param_groups"][0]["rst"].items()
+    assert take_steps(again, resumed, 20, start=20) == X[20:]
+    assert_same_bits(state(again), state(model))
+    assert resumed.propagations == optimizer.propagations
+
+
+def test_groups_stay_the_base_s_after_loading():
+    """`base.load_state_dict` puts new dicts in `param_groups`; an old reference would miss later changes."""
+    model, optimizer = build("sgd")
+    take_steps(model, optimizer, 5)
+    saved = optimizer.state_dict()
+
+    again, resumed = build("sgd")
+    again.load_state_dict(model.state_dict())
+
+    def shared():
+        pairs = zip(resumed.param_groups, resumed.base.param_groups, strict=True)
+        return all(a is b and "rho" in a for a, b in pairs)
+
+    assert shared()
+    resumed.base.load_state_dict({key: saved[key] for key in ("state", "param_groups")})
+    assert shared()
+    resumed.load_state_dict(saved)
+    assert shared()
+    torch.optim.lr_scheduler.LambdaLR(resumed, lambda epoch: 0.0)
+    before = [p.clone() for p in again.parameters()]
+    take_steps(again, resumed, 1, start=5)
+    assert_same_bits(list(again.parameters()), before)
+
+
+def test_state_of_a_bare_base_can_be_loaded_into_the_base():
+    """It has no rho; the groups keep theirs."""
+    bare = network()
+    base = sgd(bare.parameters())
+    loss_of(bare, 0)
+    base.step()
+
+    model, optimizer = build("sgd")
+    model.load_state_dict(bare.state_dict())
+    optimizer.base.load_state_dict(base.state_dict())
+    take_steps(model, optimizer, 40)
+    assert optimizer.sam_steps > 0
+    assert [group["rho"] for group in optimizer.param_groups] == [0.1]
+
+
+def test_state_without_counters_is_refused():
+    _, optimizer = build("sgd")
+    with pytest.raises(ValueError, match="base"):
+        optimizer.load_state_dict(sgd(network().parameters()).state_dict())
+
+
+def test_a_group_added_later():
+    """It trains, and is perturbed, like a group that was there from the start."""
+    model, other = network(), network()
+    optimizer = RST(sgd(model[:4].parameters()), Constant(1.0), 5, module=model)
+    optimizer.add_param_group({"params": model[4].parameters(), "rho": 0.3})
+    groups = [{"params": other[:4].parameters()}, {"params": other[4].parameters(), "rho": 0.3}]
+    for m, o in (model, optimizer), (other, RST(sgd(groups), Constant(1.0), 5, module=other)):
+        torch.manual_seed(5)
+        take_steps(m, o, 5)
+    assert_same_bits(state(model), state(other))
+    with pytest.raises(ValueError, match="rho"):
+        optimizer.add_param_group({"params": [torch.nn.Parameter(torch.zeros(1))], "rho": -1.0})
+
+
+def test_a_copy_goes_on_by_itself():
+    model = network(plain=True)  # no dropout
+    optimizer = RST(sgd(model.parameters()), Constant(1.0), 10, module=model)
+    optimizer.step(lambda: loss_of(model, 0))
+    model_copy, copied = copy.deepcopy((model, optimizer))
+    for t in (1, 2):
+        optimizer.step(lambda t=t: loss_of(model, t))
+        copied.step(lambda t=t: loss_of(model_copy, t))
+    assert_same_bits(state(model), state(model_copy))
+    assert copied.propagations == optimizer.propagations == 6
+    copied.load_state_dict(optimizer.state_dict())
+    assert copied.param_groups is copied.base.param_groups is not optimizer.param_groups
+
+
+@pytest.mark.parametrize("flat", [False, True], ids=["nested", "flat"])
+@pytest.mark.parametrize("bases", ["one", "two"])
+def test_distributed_checkpoint(bases, flat, tmp_path):
+    """Also into an optimizer that was never asked for its state, whose own is then made by a step of lr 0."""
+    options = StateDictOptions(flatten_optimizer_state_dict=flat)
+
+    def start():
+        model = network(plain=True)
+        matrices = [p for p in model.parameters() if p.ndim == 2]
+        others = [p for p in model.parameters() if p.ndim != 2]
+        if bases == "one":
+            base = BASES["adamw"](model.parameters())
+        else:
+            base = [torch.optim.Muon(matrices, lr=0.01), BASES["adamw"](others)]
+        return model, RST(base, Linear(0.2, 1.0), 40, gamma=0.5, module=model)
+
+    model, optimizer = start()
+    take_steps(model, optimizer, 10)
+    counters = (optimizer.steps, optimizer.sam_steps, optimizer.propagations)
+    assert 0 < optimizer.sam_steps < 10
+    saved = get_optimizer_state_dict(model, optimizer, options=options)
+    weights = copy.deepcopy(model.state_dict())
+    dcp.save({"optimizer": saved}, checkpoint_id=tmp_path, no_dist=True)
+    saved = copy.deepcopy(saved)
+    take_steps(model, optimizer, 10, start=10)
+
+    for way in "files", "memory":
+        again, resumed = start()
+        theirs = saved
+        if way == "files":
+            theirs = get_optimizer_state_dict(again, resumed, options=options)
+            dcp.load({"optimizer": theirs}, checkpoint_id=tmp_path, no_dist=True)
+        set_optimizer_state_dict(again, resumed, theirs, options=options)
+        assert (resumed.steps, resumed.sam_steps, resumed.propagations) == counters
+        again.load_state_dict(weights)
+        take_steps(again, resumed, 10, start=10)
+        assert_same_bits(state(again), state(model))
+
+
+def test_hooks_of_state_dicts():
+    """Each is called once, with RST, and may put another state in the place of its own."""
+    model, optimizer = build("sgd")
+    take_steps(model, optimizer, 3)
+    calls = []
+    optimizer.register_state_dict_pre_hook(lambda o: calls.append(("before saving", o)))
+    optimizer.register_state_dict_post_hook(
+        lambda o, s: calls.append(("after saving", o)) or {**s, "mine": 1}
+    )
+    optimizer.register_load_state_dict_pre_hook(
+        lambda o, s: calls.append(("before loading", o)) or {k: v for k, v in s.items() if k != "mine"}
+    )
+    optimizer.register_load_state_dict_post_hook(lambda o: calls.append(("after loading", o)))
+    saved = optimizer.state_dict()
+    assert saved["mine"] == 1
+    optimizer.load_state_dict(saved)
+    assert calls == [
+        (when, optimizer) for when in ("before saving", "after saving", "before loading", "after loading")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "other"),
+    [("seed", {"seed": 1}), ("total_steps", {"total_steps": 50}), ("schedule", {"schedule": 0.5})],
+)
+def test_resuming_another_run_warns(name, other):
+    """A plain function as a schedule is the same function, wherever in memory."""
+
+    def start(**differences):
+        arguments = {"schedule": Linear(0.0, 1.0), "total_steps": 40, "seed": 0} | differences
+        return RST(sgd(network().parameters()), **arguments)
+
+    saved = start().state_dict()
+    with pytest.warns(UserWarning, match=f"{name}=") as caught:
+        start(**other).load_state_dict(saved)
+    assert len(caught) == 1
+
+
+def test_resuming_the_same_run_does_not_warn():
+    def schedule():
+        return lambda step, total_steps: 0.5
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for p in Linear(0.0, 1.0), 0.5, schedule:
+            saved, resumed = (
+                RST(sgd(network().parameters()), p() if p is schedule else p, 40) for _ in range(2)
+            )
+            resumed.load_state_dict(saved.state_dict())
+
+
+def test_pickle():
+    """Of the whole optimizer, as multiprocessing sends it, with its model."""
+    model = network(plain=True)
+    optimizer = RST(sgd(model.parameters()), Linear(0.2, 1.0), 40, gamma=2.0, module=model)
+    take_steps(model, optimizer, 5)
+    again, resumed = pickle.loads(pickle.dumps((model, optimizer)))
+    for m, o in (model, optimizer), (again, resumed):
+        take_steps(m, o, 5, start=5)
+    assert_same_bits(state(again), state(model))
+    assert resumed.propagations == optimizer.propagations
+
+
+def test_other_groups_than_saved_are_refused():
+    saved = build("sgd")[1].state_dict()
+    model = network()
+    groups = [{"params": model[0].parameters()}, {"params": model[1:].parameters()}]
+    with pytest.raises(ValueError, match="1 parameter groups, not 2"):
+        RST(sgd(groups), 0.5, 40).load_state_dict(saved)
