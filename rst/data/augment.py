@@ -7,7 +7,7 @@ import torch
 from scipy.special import betaincinv
 
 from rst import draws
-from rst.data.autoaugment import POLICIES, autoaugment
+from rst.data.autoaugment import AUTHORS, POLICIES, autoaugment
 
 LARGE = 64  # pixels of the shorter side from which an image is taken for one of ImageNet's kind
 
@@ -51,15 +51,19 @@ class Augment:
 
     In this order: `random_resized_crop`: a rectangle of 8 to 100 % of the area and an aspect ratio of 3/4 to
     4/3, resized (Szegedy et al. 2015), where images are streamed from files. `autoaugment`: the policy,
-    "cifar10" or "imagenet", or "auto" for the latter from 64 pixels on (Cubuk et al. 2019). `flip`: mirrored
-    left-right with probability 1/2. `crop_padding`: padded by reflection by that many pixels, then cropped
-    back to its size, row and column offsets uniform on 0..2·crop_padding. `cutout`: a square of that side set
+    "cifar10" or "imagenet", or "auto" for the latter from 64 pixels on (Cubuk et al. 2019). `crop_padding`:
+    padded by reflection by that many pixels, then cropped back to its size, row and column offsets uniform on
+    0..2·crop_padding. `flip`: mirrored left-right with probability 1/2. `cutout`: a square of that side set
     to 0, the mean after normalization; its centre is uniform over the pixels and what lies outside the image
     is lost (DeVries & Taylor 2017). `mixup`: α > 0 mixes each image with that at its place in the reversed
-    batch, see `mix` (Zhang et al. 2018); 0 does not.
+    batch, see `mix` (Zhang et al. 2018); 0 does not. The authors flip before they crop, with the same
+    distribution of images.
 
-    `per_batch`: one cutout square and one mixup weight for a whole batch, those of its first image, as the
-    paper's authors do.
+    Three options choose between the usual form, the default, and that of the paper's authors. `policies`:
+    whose policy for CIFAR, "torchvision" or "authors", see `rst.data.autoaugment`; theirs has none for images
+    of 64 pixels. `mixup_first`: mixup precedes cutout, so that the square is empty in the mixed image.
+    `per_batch`: one cutout square and one mixup weight for a whole batch, those of its first image; the order
+    of the two then makes no difference.
     """
 
     flip: bool = False
@@ -69,6 +73,8 @@ class Augment:
     mixup: float = 0.0
     random_resized_crop: bool = False
     per_batch: bool = False
+    policies: str = "torchvision"
+    mixup_first: bool = False
 
     def __post_init__(self) -> None:
         for name in ("crop_padding", "cutout"):
@@ -81,6 +87,8 @@ class Augment:
             raise ValueError(
                 f"autoaugment must be null or one of {', '.join(choices)}, got {self.autoaugment}"
             )
+        if self.policies not in ("torchvision", AUTHORS):
+            raise ValueError(f"policies must be torchvision or {AUTHORS}, got {self.policies}")
 
     def check(self, channels: int, height: int, width: int, batch_size: int, streamed: bool) -> None:
         """Raises ValueError where images of this shape, in memory or streamed, cannot be augmented so."""
@@ -91,6 +99,8 @@ class Augment:
             raise ValueError(f"cutout must be at most the image side {side}, got {self.cutout}")
         if self.autoaugment and channels != 3:
             raise ValueError(f"autoaugment needs RGB images, and these have {channels} channel(s)")
+        if self.autoaugment and self.policies == AUTHORS and self._kind(side) == "imagenet":
+            raise ValueError("policies=authors has no policy for ImageNet: use policies=torchvision")
         if self.mixup and batch_size < 2:
             raise ValueError(
                 f"mixup mixes the images of a batch and needs at least 2, got batch_size={batch_size}"
@@ -123,20 +133,28 @@ class Augment:
         device; `host_bits` the same on the CPU, where AutoAugment groups its operations (None: as `bits`).
         """
         if self.autoaugment:
-            policy = self.autoaugment
-            if policy == "auto":
-                policy = "cifar10" if min(images.shape[-2:]) < LARGE else "imagenet"
+            policy = AUTHORS if self.policies == AUTHORS else self._kind(min(images.shape[-2:]))
             first = DRAWS.index("autoaugment0")
             images = autoaugment(
                 images, policy, (bits if host_bits is None else host_bits)[first : first + 5]
             )
-        flip, top, left, cutout_y, cutout_x = bits[:5]
+        flip, top, left = bits[:3]
         if self.flip or self.crop_padding:
             images = self._flip_and_crop(images, flip % 2 == 0, top, left)
         batch = normalize(images, mean, std)
+        return batch if self.cuts_mixed else self.cut(batch, bits)
+
+    @property
+    def cuts_mixed(self) -> bool:
+        """Whether calling this leaves the cutout to `cut`, for after `mix`."""
+        return bool(self.mixup and self.mixup_first)
+
+    def cut(self, batch: torch.Tensor, bits: torch.Tensor) -> torch.Tensor:
+        """Cutout of a normalized batch, in place; without effect where there is none."""
         if self.cutout:
-            height, width = images.shape[-2:]
-            rows, columns = self._cut(cutout_y % height, height), self._cut(cutout_x % width, width)
+            y, x = bits[SHARED]
+            height, width = batch.shape[-2:]
+            rows, columns = self._covered(y % height, height), self._covered(x % width, width)
             batch *= 1 - rows[:, None, :, None] * columns[:, None, None, :]
         return batch
 
@@ -160,6 +178,12 @@ class Augment:
         targets.scatter_add_(1, labels.flip(0)[:, None], 1 - weight[:, None])
         return torch.lerp(partners, batch, weight[:, None, None, None]), targets
 
+    def _kind(self, side: int) -> str:
+        """Of data, for images of which this is the shorter side: "cifar10" or "imagenet"."""
+        if self.autoaugment in POLICIES:
+            return self.autoaugment
+        return "cifar10" if side < LARGE else "imagenet"
+
     def _flip_and_crop(
         self, images: torch.Tensor, mirrored: torch.Tensor, top: torch.Tensor, left: torch.Tensor
     ) -> torch.Tensor:
@@ -179,7 +203,7 @@ class Augment:
         at = torch.arange(side, device=offset.device) + (offset[:, None] - self.crop_padding)
         return (side - 1) - ((side - 1) - at.abs()).abs()
 
-    def _cut(self, centre: torch.Tensor, side: int) -> torch.Tensor:
+    def _covered(self, centre: torch.Tensor, side: int) -> torch.Tensor:
         """1 at the coordinates that a cutout around `centre` [B] covers, else 0: float [B, side]."""
         at = torch.arange(side, device=centre.device) - (centre - self.cutout // 2)[:, None]
         return ((at >= 0) & (at < self.cutout)).float()

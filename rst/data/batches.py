@@ -64,6 +64,8 @@ def train_batches(
         if weights is not None:
             weight = weights[batch[:1]].expand(batch_size) if augment.per_batch else weights[batch]
             augmented, labels = augment.mix(augmented, labels, len(data.classes), weight[share_there])
+            if augment.cuts_mixed:
+                augmented = augment.cut(augmented, own_bits)
         yield augmented, labels
 
 

@@ -21,7 +21,10 @@ NOT_IDENTITY = (
 )
 # Options that came after the first recorded runs, each with the value that leaves a run as it was without the
 # option. At that value an option is no part of the identity, so that recorded runs keep theirs.
-NEUTRAL: dict[str, Any] = {}
+NEUTRAL: dict[str, Any] = {
+    "augment.policies": "torchvision",
+    "augment.mixup_first": False,
+}
 
 
 def identity(config: Mapping[str, Any]) -> str:

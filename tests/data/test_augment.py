@@ -261,6 +261,47 @@ def test_per_batch_draws_once_for_cutout_and_no_other_part() -> None:
     assert len(moved.unique(dim=0)) > 40  # of 2 · 25
 
 
+def test_mixup_first_cuts_the_mixed_images() -> None:
+    """λ·x + (1 − λ)·x' with a square of its own cut from it, against a square cut from x and one from x'."""
+    n = 64
+    images = torch.randint(
+        0, 256, (n, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
+    bits, labels = draw_augmentation(2, 0, n), torch.arange(n) % 2
+    mean, std = (0.5,) * 3, (0.25,) * 3
+    weights = Augment(mixup=1.0).mixup_weights(bits)
+    plain = normalize(images, mean, std)
+
+    def augmented(mixup_first: bool, drawn: torch.Tensor) -> torch.Tensor:
+        augment = Augment(cutout=4, mixup=1.0, mixup_first=mixup_first)
+        batch, _ = augment.mix(augment(images, mean, std, drawn), labels, 2, weights)
+        return augment.cut(batch, drawn) if augment.cuts_mixed else batch
+
+    _, _, _, y, x = bits[:5] % 8
+    mixed, _ = Augment(mixup=1.0).mix(plain, labels, 2, weights)
+    for image, expected, row, column in zip(
+        augmented(True, bits), mixed, y.tolist(), x.tolist(), strict=True
+    ):
+        assert torch.equal(image, slow_cutout(expected, 4, row, column))
+    assert not torch.equal(augmented(True, bits), augmented(False, bits))
+    shared = Augment(per_batch=True).draws_of(bits, torch.arange(n))
+    assert torch.equal(augmented(True, shared), augmented(False, shared))
+    assert not Augment(cutout=4, mixup_first=True).cuts_mixed
+
+
+def test_the_authors_policy_is_for_small_images() -> None:
+    image = torch.randint(0, 256, (200, 3, 32, 32), dtype=torch.uint8)
+    drawn = (image, (0.0,) * 3, (1 / 255,) * 3, draw_augmentation(0, 0, 200))
+    authors = Augment(autoaugment="auto", policies="authors")
+    assert int((authors(*drawn).round() == 128).flatten(1).all(1).sum()) > 10
+    assert not torch.equal(authors(*drawn), Augment(autoaugment="auto")(*drawn))
+    authors.check(3, 32, 32, batch_size=4, streamed=False)
+    with pytest.raises(ValueError, match="policies=authors has no policy for ImageNet"):
+        authors.check(3, 64, 64, batch_size=4, streamed=False)
+    with pytest.raises(ValueError, match="policies must be torchvision or authors, got google"):
+        Augment(policies="google")
+
+
 @pytest.mark.parametrize(
     ("augment", "shape", "message"),
     [

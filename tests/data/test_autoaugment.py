@@ -1,14 +1,19 @@
-"""Each image's own sub-policy and coins, and pixels equal to torchvision's image by image."""
+"""Each image's own sub-policy and coins; pixels equal to torchvision's image by image, and for the authors'
+policy to their formulas."""
 
 import itertools
+import math
 
+import numpy as np
 import pytest
 import scipy.stats
 import torch
+from PIL import Image, ImageEnhance, ImageOps
 from torchvision.transforms.v2 import AutoAugment
 
 from rst.data.augment import draw_augmentation
-from rst.data.autoaugment import POLICIES, autoaugment
+from rst.data.authors_policy import CIFAR
+from rst.data.autoaugment import AUTHORS_OPERATIONS, POLICIES, _cutout, autoaugment
 
 FALSE_ALARM = 1e-6  # of each chi-squared test; seeds are fixed
 ALWAYS, NEVER = 0, 2**62 - 1  # coins that are below every probability above 0, and below none
@@ -106,3 +111,129 @@ def test_its_input_is_left_alone() -> None:
     changed = autoaugment(images, "imagenet", draw_augmentation(0, 0, 50)[-5:])
     assert torch.equal(images, before)
     assert not torch.equal(changed, before)
+
+
+def test_the_authors_table_has_most_of_torchvisions() -> None:
+    """A table from another source; 5 of its 25 sub-policies are not among the authors' 95."""
+    assert len(CIFAR) == 95
+    theirs = {(op, p, level) for pair in AutoAugment(POLICIES["cifar10"])._policies for op, p, level in pair}
+    needs_level = {op for op, _, level in theirs if level is not None}
+
+    def of_torchvision(pair: list[tuple[str, float, int]]) -> tuple[tuple[str, float, int | None], ...]:
+        return tuple((op, p, level if op in needs_level else None) for op, p, level in pair)
+
+    known = set(map(of_torchvision, CIFAR))
+    assert sum(tuple(pair) in known for pair in AutoAugment(POLICIES["cifar10"])._policies) == 20
+    used = {op for pair in CIFAR for op, _, _ in pair}
+    assert used == {*AUTHORS_OPERATIONS, "Cutout"}
+    assert all(0 <= p <= 1 and 0 <= level <= 9 for pair in CIFAR for _, p, level in pair)
+
+
+def moved(image: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
+    """Each pixel (x, y) from the pixel nearest to `source` @ (x, y, 1), grey where there is none."""
+    _, height, width = image.shape
+    out = torch.full_like(image, 128)
+    for y, x in itertools.product(range(height), range(width)):
+        column, row = (source @ torch.tensor([x, y, 1.0], dtype=torch.float64)).round().long().tolist()
+        if 0 <= row < height and 0 <= column < width:
+            out[:, y, x] = image[:, row, column]
+    return out
+
+
+def affine(name: str, level: int, side: int) -> torch.Tensor:
+    rows = {
+        "ShearX": [[1, 0.03 * level, 0], [0, 1, 0]],
+        "ShearY": [[1, 0, 0], [0.03 * level, 1, 0]],
+        "TranslateX": [[1, 0, 25 * level], [0, 1, 0]],
+        "TranslateY": [[1, 0, 0], [0, 1, 25 * level]],
+    }
+    if name in rows:
+        return torch.tensor(rows[name], dtype=torch.float64)
+    cos, sin, c = math.cos(math.radians(3 * level)), math.sin(math.radians(3 * level)), (side - 1) / 2
+    rotation = [[cos, -sin, c - cos * c + sin * c], [sin, cos, c - sin * c - cos * c]]
+    return torch.tensor(rotation, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("level", [1, 2, 7, 9])
+@pytest.mark.parametrize("name", ["ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate"])
+def test_the_authors_moves(name: str, level: int) -> None:
+    """The matrices of their code; which sign is which does not matter, as a coin decides it."""
+    image = natural_image()
+    operation, signed = AUTHORS_OPERATIONS[name]
+    assert signed
+    ours = {sign: operation(image[None], sign * level)[0] for sign in (-1, 1)}
+    expected = {sign: moved(image, affine(name, sign * level, 32)) for sign in (-1, 1)}
+
+    def share(flipped: int) -> float:  # pixels that differ: halfway between two, rounding may go either way
+        return max((ours[s] != expected[s * flipped]).any(0).double().mean().item() for s in (-1, 1))
+
+    assert min(share(1), share(-1)) < 0.04
+    blank = bool((ours[1] == 128).all())
+    assert blank is (name.startswith("Translate") and level >= 2)
+
+
+@pytest.mark.parametrize("level", range(10))
+def test_the_authors_strengths(level: int) -> None:
+    """PIL's functions at their magnitudes: 0.1 + 1.8·level/10, int(256·level/10), int(4·level/10)."""
+    image = natural_image()
+    picture = Image.fromarray(image.permute(1, 2, 0).numpy())
+    factor = 0.1 + 1.8 * level / 10
+
+    def check(name: str, expected: object, atol: int) -> None:
+        operation, signed = AUTHORS_OPERATIONS[name]
+        assert not signed
+        difference = operation(image[None], level)[0].int() - torch.from_numpy(np.array(expected)).permute(
+            2, 0, 1
+        )
+        assert difference.abs().max() <= atol, name
+
+    # By at most 2 of 255: PIL rounds the image that it blends with, torchvision does not.
+    check("Brightness", ImageEnhance.Brightness(picture).enhance(factor), atol=1)
+    check("Color", ImageEnhance.Color(picture).enhance(factor), atol=2)
+    check("Sharpness", ImageEnhance.Sharpness(picture).enhance(factor), atol=2)
+    grey = Image.new("RGB", (32, 32), (4, 4, 4))  # 32·32/256, their mean
+    check("Contrast", Image.blend(grey, picture, factor), atol=1)
+    check("Solarize", ImageOps.solarize(picture, int(level / 10 * 256)), atol=0)
+    check("AutoContrast", ImageOps.autocontrast(picture), atol=1)
+    check("Equalize", ImageOps.equalize(picture), atol=0)
+    check("Invert", ImageOps.invert(picture), atol=0)
+    if bits := int(level / 10 * 4):
+        check("Posterize", ImageOps.posterize(picture, bits), atol=0)
+
+
+def test_the_authors_cutout() -> None:
+    """A square of twice int(100·level/10) pixels around a uniform centre, clipped at the border."""
+    n = 20_000
+    bits = draw_augmentation(0, 0, n)[-1]
+    cut = _cutout(torch.zeros(n, 3, 32, 40, dtype=torch.uint8), 1, bits) == 128  # 20 pixels
+    assert torch.equal(cut, cut[:, :1].expand_as(cut))
+    rows, columns = cut[:, 0].any(2), cut[:, 0].any(1)
+    assert torch.equal(cut[:, 0], rows[:, :, None] & columns[:, None, :])
+    for covered in (rows, columns):
+        side = covered.shape[1]
+        first, last = covered.int().argmax(1), side - 1 - covered.flip(1).int().argmax(1)
+        assert torch.equal(covered.sum(1), last - first + 1)
+        # From its middle − 10 to its middle + 9, clipped: 10 columns or more of it are seen.
+        middle = torch.where(first > 0, first + 10, last - 9)
+        assert scipy.stats.chisquare(middle.bincount(minlength=side)).pvalue > FALSE_ALARM
+
+
+def test_a_ninth_of_the_authors_images_are_plain_grey() -> None:
+    """By a translation of 50 pixels or more, 11.4 %, or a cutout of 60 or 80, 0.8 %; exact from the table."""
+    n = 5_000
+    blanking = {("Cutout", 3): (29 / 32) ** 2, ("Cutout", 4): 1.0}
+    blanking |= {(f"Translate{axis}", level): 1.0 for axis in "XY" for level in range(2, 10)}
+
+    def share(of: str) -> float:
+        kept = [
+            [1 - p * blanking.get((op, level), 0.0) * op.startswith(of) for op, p, level in pair]
+            for pair in CIFAR
+        ]
+        return 1 - sum(first * second for first, second in kept) / len(CIFAR)
+
+    assert share("Translate") == pytest.approx(0.1136, abs=5e-5)
+    assert share("") == pytest.approx(0.1218, abs=5e-5)
+    images = natural_image().expand(n, -1, -1, -1)
+    ours = autoaugment(images, "authors", draw_augmentation(0, 0, n)[-5:])
+    plain = int((ours == 128).flatten(1).all(1).sum())
+    assert scipy.stats.binomtest(plain, n, share("")).pvalue > FALSE_ALARM

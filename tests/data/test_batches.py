@@ -108,6 +108,20 @@ def test_per_batch_has_one_mixup_weight_a_batch() -> None:
         assert (weights[others] == single[0, own[0]]).all()
 
 
+def test_mixup_first_leaves_each_image_its_own_whole_square() -> None:
+    source = replace(numbered(), classes=tuple(map(str, range(23))))
+    cut, mixed, mixed_first = (
+        torch.cat([x for x, _ in data.train_batches(source, 5, augment, seed=0, epoch=0)])
+        for augment in (
+            Augment(cutout=2),
+            Augment(cutout=2, mixup=1.0),
+            Augment(cutout=2, mixup=1.0, mixup_first=True),
+        )
+    )
+    assert torch.equal((mixed_first == 0).all(1), (cut == 0).all(1))
+    assert not torch.equal((mixed == 0).all(1), (cut == 0).all(1))
+
+
 def test_mixup_gives_probabilities() -> None:
     source = replace(numbered(), classes=tuple(map(str, range(23))))
     plain = list(data.train_batches(source, 5, PLAIN, seed=0, epoch=0))

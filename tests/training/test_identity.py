@@ -85,6 +85,17 @@ def test_a_new_option_makes_another_run_only_where_it_is_used(monkeypatch):
     assert identity(changed("dataset.fold", 3)) != identity(CONFIG)
 
 
+@pytest.mark.parametrize("path", module.NEUTRAL)
+def test_what_came_later_is_neutral_at_one_value_only(path):
+    group, key = path.split(".")
+
+    def with_it(value):
+        return identity(CONFIG | {group: CONFIG.get(group, {}) | {key: value}})
+
+    assert with_it(module.NEUTRAL[path]) == identity(CONFIG)
+    assert with_it("another") != identity(CONFIG)
+
+
 def test_the_order_of_keys_does_not_matter():
     assert identity(dict(reversed(CONFIG.items()))) == identity(CONFIG)
 
