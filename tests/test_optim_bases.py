@@ -145,8 +145,7 @@ def muon_and_adamw(model):
 @GAMMAS
 @pytest.mark.parametrize("adaptive", [False, True], ids=["sam", "asam"])
 def test_several_bases_have_one_perturbation(adaptive, gamma, way):
-    """The tolerance is for Muon, which orthogonalizes in bfloat16, where a rounding is 2^-9 of a step. An ε of
-    each base's own would make a difference of some percent."""
+    """The tolerance is for Muon, which orthogonalizes in bfloat16, where a rounding is 2^-9 of a step."""
     model, twin = network(), network()
     rule = {"gamma": gamma, "adaptive": adaptive}
     torch.manual_seed(5)

@@ -3,11 +3,13 @@
 from contextlib import nullcontext
 
 import pytest
+import reference
 import torch
 import torch.nn.functional as F
-from reference import assert_close, assert_same_bits, batches, network, sgd, state
+from reference import assert_close, assert_same_bits, batches, loss_of, network, sgd, state
+from torch import nn
 
-from rst import RST, Constant, Linear
+from rst import RST, Constant, Linear, uniform
 
 GAMMAS = pytest.mark.parametrize("gamma", [0.5, 1.0, 2.0])
 
@@ -36,34 +38,69 @@ def test_perturbation_is_invariant_to_loss_scale(scale, adaptive):
     assert_close(gradients[scale], gradients[1.0], rtol=1e-6, atol=1e-7)
 
 
-def train_scaled(model, scaler, steps, autocast=None, **rule):
-    """The usual loop with GradScaler; returns the optimizer."""
+def train_scaled(model, scaler, steps, autocast=None, max_norm=None, max_lr=None, **rule):
+    """The usual loop with GradScaler, clipping and a schedule of the learning rate; returns the optimizer."""
     inputs, labels = batches(torch.float32)
     optimizer = RST(sgd(model.parameters()), Linear(0.2, 1.0), steps, module=model, **rule)
+    scheduler = max_lr and torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr, total_steps=steps)
     torch.manual_seed(5)
     for t in range(steps):
-
-        def closure(t=t):
+        for _ in optimizer.passes():
             with torch.autocast("cpu", dtype=autocast, enabled=autocast is not None):
                 loss = F.cross_entropy(model(inputs[t]), labels[t])
             scaler.scale(loss).backward()
-            return loss.detach()
-
-        optimizer.gradient(closure)
         scaler.unscale_(optimizer)
+        if max_norm is not None:
+            nn.utils.clip_grad_norm_(model.parameters(), max_norm)
         scaler.step(optimizer)
         scaler.update()
+        if scheduler:
+            scheduler.step()
     return optimizer
 
 
 @GAMMAS
-def test_grad_scaler_changes_nothing_in_float32(gamma):
+@pytest.mark.parametrize("usual", [{}, {"max_norm": 0.3, "max_lr": 0.2}], ids=["alone", "clipping, OneCycle"])
+def test_grad_scaler_changes_nothing_in_float32(usual, gamma):
     models = network(torch.float32), network(torch.float32)
     for model, enabled in zip(models, [True, False], strict=True):
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12, growth_interval=7, enabled=enabled)
-        optimizer = train_scaled(model, scaler, 40, gamma=gamma)
+        optimizer = train_scaled(model, scaler, 40, gamma=gamma, **usual)
         assert 0 < optimizer.sam_steps < 40
     assert_close(*map(state, models), rtol=1e-6, atol=1e-6)
+
+
+@GAMMAS
+def test_clipping_and_one_cycle(gamma):
+    """Against the twin, whose final gradient is clipped: once, after the mix."""
+    steps, rule = 40, {"gamma": gamma, "rho": 0.2}
+    model, twin = network(), network()
+    inputs, labels = batches()
+    optimizer = RST(sgd(model.parameters()), Linear(0.2, 1.0), steps, module=model, **rule)
+    base = sgd(twin.parameters())
+    schedulers = [torch.optim.lr_scheduler.OneCycleLR(o, 0.2, total_steps=steps) for o in (optimizer, base)]
+    params, n_clipped = list(twin.parameters()), 0
+    for t in range(steps):
+        torch.manual_seed(t)
+        for _ in optimizer.passes():
+            F.cross_entropy(model(inputs[t]), labels[t]).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        torch.manual_seed(t)
+        reference.gradient(
+            twin,
+            params,
+            lambda t=t: loss_of(twin, t),
+            sam=uniform(0, t) < 0.2 + 0.8 * t / steps,
+            rho=[0.2] * len(params),
+            gamma=gamma,
+        )
+        n_clipped += nn.utils.clip_grad_norm_(params, 1.0) > 1.0
+        base.step()
+        for scheduler in schedulers:
+            scheduler.step()
+    assert 0 < n_clipped < steps
+    assert_close(state(model), state(twin))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
@@ -85,7 +122,7 @@ def test_overflow_in_float16_skips_the_step():
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40, backoff_factor=2.0**-10)
     optimizer = train_scaled(model, scaler, 2, autocast=torch.float16)
     assert_same_bits(list(model.parameters()), start)
-    assert optimizer.steps == 2
+    assert optimizer.steps == 2  # the second was not refused for the gradients that the first had left
     assert scaler.get_scale() == 2.0**20
     assert all(x.isfinite().all() for x in state(model))
     model.zero_grad()  # these gradients are of the other optimizer

@@ -118,6 +118,7 @@ def test_a_copy_goes_on_by_itself():
 
 @pytest.mark.parametrize("flat", [False, True], ids=["nested", "flat"])
 @pytest.mark.parametrize("bases", ["one", "two"])
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_distributed_checkpoint(bases, flat, tmp_path):
     """Also into an optimizer that was never asked for its state, whose own is then made by a step of lr 0."""
     options = StateDictOptions(flatten_optimizer_state_dict=flat)
