@@ -5,34 +5,24 @@ from pathlib import Path
 
 import rst.experiments.command_line  # noqa: F401  registers the resolver that conf/train.yaml uses
 from rst.experiments.listing import SIZE, model_table
+from rst.reporting import pages
+from rst.reporting.tables import read_table
 
 ROOT = Path(__file__).resolve().parent.parent
 MARKED = re.compile(r"(<!-- table:(\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 MODELS = re.compile(r"(<!-- models -->\n).*?(<!-- end -->)", re.DOTALL)
-COLUMNS = ("Method", "Test error, last epoch (%)", "Difference to SAM (points)", "η measured", "Time / SGD's")
 
 
-def section(name: str, markdown: str) -> str:
-    """The figure, the columns of a table that fit a README, and a link to the whole table."""
-    title, setting, *_ = (line for line in markdown.splitlines() if line)
-    table = [
-        [cell.strip() for cell in line.strip("|").split("|")]
-        for line in markdown.splitlines()
-        if line.startswith("|")
-    ]
-    kept = [table[0].index(column) for column in COLUMNS]
-    rows = ["| " + " | ".join(row[i] for i in kept) + " |" for row in table]
-    notes = [line[2:] for line in markdown.splitlines() if line.startswith(("- Runs", "- Code", "- Machine"))]
-    reading = (
-        "Mean ± standard deviation over seeds, n in brackets; differences are paired by seed, with their "
-        "95 % interval, and * where that excludes 0."
-    )
-    return "\n".join(
+def section(results: Path, name: str) -> str:
+    """The first column of the table in `results`/`name`: its main figure, its usual metrics, and a link."""
+    summary = read_table(results / name)[0]
+    return "\n\n".join(
         [
-            f"**{title.lstrip('# ')}.** {setting}.\n",
-            *rows,
-            f"\n{reading} {' '.join(notes)} All the rest: [results/{name}.md](results/{name}.md).\n",
-            f"![test error against propagation count](results/{name}.png)\n",
+            f"**{summary.title}.** {summary.setting}.",
+            f"![differences to {summary.reference}, with 95 % intervals](results/{name}/forest.png)",
+            pages.pipes(pages.cells(summary, pages.USUAL)),
+            f"{pages.reading(summary)} {' '.join(pages.provenance(summary.frame))}",
+            f"Everything else about it: [results/{name}](results/{name}/README.md).\n",
         ]
     )
 
@@ -47,8 +37,7 @@ def main() -> None:
     readme = ROOT / "README.md"
 
     def fill(match: re.Match[str]) -> str:
-        markdown = (ROOT / "results" / f"{match[2]}.md").read_text()
-        return match[1] + section(match[2], markdown) + match[3]
+        return match[1] + section(ROOT / "results", match[2]) + match[3]
 
     text = MARKED.sub(fill, readme.read_text())
     readme.write_text(MODELS.sub(lambda match: match[1] + models() + match[2], text))

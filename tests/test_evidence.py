@@ -1,62 +1,83 @@
-"""The committed results: from their records alone, byte for byte, and a run of them again by its command."""
+"""The committed results follow from their records, and the records from their commands."""
 
 import re
-import shutil
-import warnings
-from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import ROOT
+from hydra import initialize_config_dir
 
-from rst.reporting.statistics import read_runs
+from rst.experiments.sweeps import gather
+from rst.reporting.claims import read_claims, tables_of_claims
+from rst.reporting.pages import page
+from rst.reporting.records import recorded_in
+from rst.reporting.tables import summarize, to_csv
 from rst.training.provenance import provenance
 
-RESULTS = ROOT / "results"
+RESULTS, CONF = ROOT / "results", ROOT / "conf"
 RECORDED = sorted(path.parent.name for path in RESULTS.glob("*/runs.csv"))
 TABLES = {
-    protocol: sorted(
-        path.stem for path in (RESULTS / protocol).glob("*.md") if path.with_suffix(".tex").exists()
-    )
+    protocol: sorted(path.parent.name for path in (RESULTS / protocol).glob("*/table.csv"))
     for protocol in RECORDED
 }
-PINNED = re.findall(r"^(\w+)==(.+)$", (RESULTS / "constraints.txt").read_text(), re.MULTILINE)
-MADE_WITH = {name: number for name, number in PINNED if not name.startswith(("torch", "timm"))}
 TOLERANCE = 0.03  # of test accuracy on another machine: a few times its spread over seeds
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("protocol", RECORDED)
-def test_tables_and_figures_follow_from_the_records(protocol, tmp_path, run_script):
-    """What `make reproduce-tables REUSE=1` writes on a fresh clone, where no run's folder is."""
-    results = tmp_path / "results"
-    shutil.copytree(RESULTS, results)
-    for path in (results / protocol).iterdir():
-        if path.name not in ("runs.csv", "curves.csv", "sharpness.csv", "PILOT.md"):
-            path.unlink()
-    where = ["--results", results, "--outputs", tmp_path / "outputs", "--reuse", "--collect"]
-    tables = ["--protocol", protocol, "--table", ",".join(TABLES[protocol])]
-    run_script("scripts/reproduce.py", *tables, *where)
-    written, committed = (
-        {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*.*")}
-        for folder in (results, RESULTS)
+@pytest.fixture(scope="module", params=RECORDED)
+def protocol(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def tables(protocol):
+    """The protocol's tables that have results, as conf/ defines them."""
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return gather(TABLES[protocol], CONF, protocol, [])[0]
+
+
+@pytest.fixture(scope="module")
+def records(protocol):
+    return recorded_in(RESULTS / protocol)
+
+
+def test_every_recorded_run_is_found_by_its_table_and_no_other_is_missing(tables, records):
+    """With REUSE=1 nothing is left to run."""
+    rows = [row for table in tables for column in table.columns for row in column.rows]
+    assert {run for row in rows for run in row.runs.values()} == set(records.runs["id"])
+
+
+def test_tables_follow_from_the_records(protocol, tables, records):
+    for table in tables:
+        folder = RESULTS / protocol / table.name
+        summaries = [summarize(table, column, records.joined, {}) for column in table.columns]
+        figures = {path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.png")}
+        assert any(name.endswith("forest") for name in figures)
+        assert (folder / "table.csv").read_text() == to_csv(summaries)
+        assert (folder / "README.md").read_text() == page(summaries, figures)
+
+
+def test_claims_follow_from_the_records(protocol, tables, records):
+    families = read_claims(CONF / "claims" / f"{protocol}.yaml")
+    (block,) = re.findall(
+        r"<!-- claims -->\n(.*?)\n<!-- end -->", (RESULTS / protocol / "README.md").read_text(), re.DOTALL
     )
-    assert written.keys() == committed.keys()
-    different = {name for name in written if written[name] != committed[name]}
-    if other := {name for name, number in MADE_WITH.items() if version(name) != number}:
-        warnings.warn(
-            f"figures not compared, which may be drawn otherwise: other versions of {', '.join(other)}",
-            stacklevel=1,
-        )
-        different = {name for name in different if not name.endswith((".png", ".pdf"))}
-    assert different == set()
+    assert block == tables_of_claims(families, {table.name: table for table in tables}, records)
 
 
-@pytest.mark.parametrize("protocol", RECORDED)
-def test_the_propagation_count_is_the_coins(protocol):
+def test_pages_link_to_what_is_there_and_the_first_to_every_table():
+    pages = [RESULTS / "README.md", *RESULTS.glob("*/README.md"), *RESULTS.glob("*/*/*.md")]
+    for path in pages:
+        for link in re.findall(r"\]\(([^)#]+)\)", path.read_text()):
+            assert (path.parent / link).exists(), f"{path}: {link}"
+    text = (RESULTS / "README.md").read_text()
+    for protocol, names in TABLES.items():
+        assert all(f"({protocol}/{name}/README.md)" in text for name in names)
+
+
+def test_the_propagation_count_is_the_coins(records):
     """Within 4 standard deviations of its closed form, for every run."""
-    runs = read_runs(RESULTS / protocol / "runs.csv")
+    runs = records.runs
     away = (runs["propagations"] - runs["expected_propagations"]).abs()
     assert (away <= 4 * runs["propagations_std"] + 1e-9).all()
     assert (runs["propagations"] == runs["steps"] + runs["sam_steps"]).all()
@@ -64,15 +85,14 @@ def test_the_propagation_count_is_the_coins(protocol):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("protocol", RECORDED)
-def test_a_recorded_run_repeats(protocol, tmp_path, run_script, capsys):
+def test_a_recorded_run_repeats(protocol, records, tmp_path, run_script, capsys):
     """A run by its recorded command: to the last digit where PyTorch and the CPU are those that made the
     record. G-RST's under quick; SGD's under cpu, where it takes minutes."""
-    runs = read_runs(RESULTS / protocol / "runs.csv")
+    runs = records.runs
     validating = runs["command"].str.contains("validation=true")
     method = "sgd" if protocol == "cpu" else "grst"
-    one = runs[(runs["choices.method"] == method) & (runs["seed"] == 0) & ~validating].iloc[0]
-    words = one["command"].split()
+    recorded = runs[(runs["choices.method"] == method) & (runs["seed"] == 0) & ~validating].iloc[0]
+    words = recorded["command"].split()
     assert words[:2] == ["python", "train.py"]
     if "protocol=cpu" in words:
         archive = ROOT.parent / "shared" / "data" / "cifar10-jpeg.tar.gz"
@@ -83,9 +103,9 @@ def test_a_recorded_run_repeats(protocol, tmp_path, run_script, capsys):
     accuracy = float(re.search(r"test accuracy ([\d.]+)%", capsys.readouterr().out)[1]) / 100
     made_with = provenance(torch.device("cpu"))
     same = made_with["versions"]["torch"], made_with["device_name"]
-    if same == (one["versions.torch"], one["device_name"]):
-        assert accuracy == pytest.approx(one["test_accuracy"], abs=5e-5)  # as printed
-        (found,) = Path(tmp_path).glob("*/result.json")
-        assert f'"test_accuracy": {one["test_accuracy"]}' in found.read_text()
+    if same == (recorded["versions.torch"], recorded["device_name"]):
+        assert accuracy == pytest.approx(recorded["test_accuracy"], abs=5e-5)  # as printed
+        (result,) = Path(tmp_path).glob("*/result.json")
+        assert f'"test_accuracy": {recorded["test_accuracy"]}' in result.read_text()
     else:
-        assert accuracy == pytest.approx(one["test_accuracy"], abs=TOLERANCE)
+        assert accuracy == pytest.approx(recorded["test_accuracy"], abs=TOLERANCE)

@@ -11,8 +11,9 @@ from matplotlib import ticker
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from rst.reporting.pages import points
 from rst.reporting.records import SHARPNESS
-from rst.reporting.statistics import MIN_SEEDS, SHARPNESS_NAMES, Summary
+from rst.reporting.statistics import MIN_SEEDS, SHARPNESS_NAMES, Summary, estimate_of
 from rst.schedule import Schedule, expected_propagations, propagations_std, uniform
 
 COLOURS = {  # by method
@@ -44,8 +45,9 @@ def of_column(summary: Summary, curves: pd.DataFrame) -> dict[str, Figure]:
     for figure in figures.values():
         n = sorted({frame["test_error.n"].min(), frame["test_error.n"].max()})
         setting = f"{summary.setting}, n = {' to '.join(map(str, n))} seeds"
-        width = int(17 * figure.get_figwidth())
-        figure.suptitle(f"{summary.title}\n{textwrap.fill(setting, width)}", fontsize=8)
+        title = f"{summary.title}: {summary.name}".removesuffix(": ")
+        width = int(20 * figure.get_figwidth())  # characters that fit in a line
+        figure.suptitle(f"{title}\n{textwrap.fill(setting, width)}", fontsize=8)
     return figures
 
 
@@ -55,20 +57,21 @@ def forest(summary: Summary, frame: pd.DataFrame) -> Figure:
     name = f"difference_to_{summary.reference}"
     frame = frame.assign(gap=frame[f"{name}.mean"].fillna(0.0)).sort_values("gap", kind="stable")
     figure, (axes,), places = _by_eta(frame, width=8.0)
+    gaps = frame.set_index("label")["gap"]
     for label, dash in {summary.baseline: "--", summary.reference: "-"}.items():
-        for x in frame.loc[frame["label"] == label, "gap"]:
-            axes.axvline(x, ls=dash, lw=0.9, color="0.4", zorder=1)
-            axes.text(x, 1.01, label, transform=axes.get_xaxis_transform(), ha="center", fontsize=8)
+        if label in gaps:
+            side = "left" if gaps[label] > 0 else "right"  # labels of lines that are close do not touch
+            axes.axvline(gaps[label], ls=dash, lw=0.9, color="0.4", zorder=1)
+            axes.text(gaps[label], 1.01, label, transform=axes.get_xaxis_transform(), ha=side, fontsize=8)
     texts = []
-    for y, (_, row) in zip(places, frame.iterrows(), strict=True):
+    for y, row in zip(places, frame.to_dict("records"), strict=True):
         colour = COLOURS.get(row["method"], CYCLE[-1])
         enough = row["label"] == summary.reference or row[f"{name}.n"] >= MIN_SEEDS
         axes.plot(row["gap"], y, "o", color=colour, mfc=colour if enough else "white", ms=6, zorder=3)
-        low, high = row[f"{name}.low"], row[f"{name}.high"]
-        axes.plot([low, high], [y, y], color=colour, lw=1.5)
-        ends = "" if np.isnan(low) else f" [{low:+.2f}, {high:+.2f}]"
-        text = "reference" if row["label"] == summary.reference else f"{row['gap']:+.2f}{ends}"
-        texts.append(text.replace("-", "−") + " †" * (not enough))
+        gap = estimate_of(row, name)
+        axes.plot([gap.low, gap.high], [y, y], color=colour, lw=1.5)
+        text = "reference" if row["label"] == summary.reference else points(gap)
+        texts.append(text + " †" * (not enough))
     numbers = axes.twinx()
     numbers.set_ylim(axes.get_ylim())
     numbers.set_yticks(places, texts, fontsize=8)

@@ -86,7 +86,7 @@ def page(summaries: Sequence[Summary], figures: Collection[str]) -> str:
     for summary in summaries:
         parts += [f"## {summary.name}"] * several + [f"{summary.setting}.", *images(summary, HEADLINES)]
         parts += [pipes(cells(summary, summary.metrics or USUAL)), *_remarks(summary)]
-        parts += [_worded(READING, summary)] * (summary is first)
+        parts += [reading(summary)] * (summary is first)
     parts += ["## Schedules", "![p(t) of each schedule, and the share of SAM steps taken](schedules.png)"]
     for summary in summaries:
         parts += [f"## Details{f': {summary.name}' * several}", *images(summary, FIGURES)]
@@ -96,13 +96,18 @@ def page(summaries: Sequence[Summary], figures: Collection[str]) -> str:
             parts += [READING_SHARPNESS] * (SHARPNESS[0] in shown)
         commands = zip(summary.frame["label"], summary.frame["command"], strict=True)
         parts += [pipes([{"Method": label, "Command": f"`{command}`"} for label, command in commands])]
-        parts += ["\n".join(f"- {line}" for line in _provenance(summary.frame))]
+        parts += ["\n".join(f"- {line}" for line in provenance(summary.frame))]
     return "\n\n".join(parts) + "\n"
 
 
 def place(summary: Summary, summaries: Sequence[Summary]) -> str:
     """Where a column's figures are in the table's folder: of several columns, each has a folder."""
     return f"{summary.name}/" if len(summaries) > 1 else ""
+
+
+def reading(summary: Summary) -> str:
+    """How to read the usual metrics."""
+    return _worded(READING, summary)
 
 
 def cells(summary: Summary, metrics: Sequence[str]) -> list[dict[str, str]]:
@@ -168,8 +173,8 @@ def to_latex(summaries: Sequence[Summary]) -> str:
     style = frame.style.hide(axis="index").format(escape="latex").format_index(escape="latex", axis="columns")
     tabular = style.to_latex(hrules=True, column_format="l" + "r" * (frame.shape[1] - 1))
     settings = [f"{summary.name}: {summary.setting}".removeprefix(": ") for summary in summaries]
-    note = _worded(MATRIX if several else READING, first)
-    comments = [f"% {line}\n" for line in (first.title, *settings, note, *_provenance(first.frame))]
+    note = _worded(MATRIX, first) if several else reading(first)
+    comments = [f"% {line}\n" for line in (first.title, *settings, note, *provenance(first.frame))]
     return "".join(comments) + tabular.translate(LATEX)
 
 
@@ -249,7 +254,7 @@ def _remarks(summary: Summary) -> list[str]:
     return remarks
 
 
-def _provenance(frame: pd.DataFrame) -> list[str]:
+def provenance(frame: pd.DataFrame) -> list[str]:
     """How many runs there are and when they finished; their seeds, code, software and machine, and for what
     differs between rows, which rows have what."""
     frame = frame[frame["test_error.n"] > 0]
@@ -262,11 +267,11 @@ def _provenance(frame: pd.DataFrame) -> list[str]:
         rows: dict[str, list[str]] = {}
         for line in frame.to_dict("records"):
             said = ", ".join(f"{column.split('.')[-1]} {line[column]}" for column in columns)
-            said = said.removeprefix("seeds ")
-            rows.setdefault(said, []).append(line["label"])
+            if name != "Sharpness" or line["lambda_max.n"]:
+                rows.setdefault(said.removeprefix("seeds "), []).append(line["label"])
         each = rows if len(rows) == 1 else [f"{said} ({', '.join(labels)})" for said, labels in rows.items()]
-        lines.append(f"{name}{', MIXED' * (len(rows) > 1)}: {'; '.join(each)}.")
-    return lines if _is_measured(frame) else lines[:-1]
+        lines += [f"{name}{', MIXED' * (len(rows) > 1)}: {'; '.join(each)}."] * bool(rows)
+    return lines
 
 
 def _is_measured(frame: pd.DataFrame) -> bool:

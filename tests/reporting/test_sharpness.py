@@ -1,25 +1,15 @@
-"""Sharpness against dense references, and from finished runs to their table."""
-
-import importlib.util
-import json
-import sys
+"""Sharpness against dense references."""
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, command
 from torch import nn
 from torch.func import functional_call
 
 from rst.models import create
 from rst.reporting import sharpness
 from rst.reporting.sharpness import ALPHAS, lambda_max, loss_curve, loss_in_ball, mean_loss, measure
-
-spec = importlib.util.spec_from_file_location("sharpness_script", ROOT / "scripts" / "sharpness.py")
-script = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(script)
 
 
 def some_batches(side=4, n=(7, 5), dtype=torch.float64):
@@ -145,53 +135,3 @@ def test_measuring_changes_nothing_and_repeats():
     assert first.along == (first.curve[5] + first.curve[15]) / 2 and (ALPHAS[5], ALPHAS[15]) == (-0.5, 0.5)
     assert first.in_ball > 0
     assert measure(model, batches, 0.1, seed=4).curve != first.curve
-
-
-@pytest.mark.slow
-def test_from_runs_to_the_table(tmp_path, run_script, capsys):
-    """Measure two runs, collect them into a table, and make it again from the records alone."""
-    size = ["epochs=1", "model.width=4", "dataset.train_size=128"]
-    outputs, results = tmp_path / "outputs", tmp_path / "results"
-
-    def driver(*arguments):
-        run_script("scripts/reproduce.py", "--launcher", "basic", "--jobs", 1, *arguments, "seed=0", *size)
-
-    places = ["--results", results, "--outputs", outputs]
-    driver(*places)
-    folders = sorted(path for path in outputs.iterdir() if "-sgd-" in path.name or "-sam-" in path.name)
-    measuring = [sys.executable, "scripts/sharpness.py", "--images", "40", "--jobs", "1"]
-    measured = command(*measuring, *folders, tmp_path)
-    assert measured.returncode == 0, measured.stderr
-    assert f"left out, as not finished: {tmp_path}\n" in measured.stderr
-    assert len(measured.stdout.splitlines()) == 2 and "λ_max" in measured.stdout
-    files = [folder / "sharpness.json" for folder in folders]
-    found = [json.loads(file.read_text()) for file in files]
-    assert [one["images"] for one in found] == [40, 40] and all(one["lambda_max"] > 0 for one in found)
-    times = [file.stat().st_mtime_ns for file in files]
-    capsys.readouterr()
-    run_script(*measuring[1:], *folders)
-    assert capsys.readouterr().out == measured.stdout
-    assert [file.stat().st_mtime_ns for file in files] == times  # not measured again
-
-    driver("--collect", *places)
-    table = (results / "quick" / "overview.md").read_text()
-    assert table.count("not measured") == 4 * 5 and "| λ_max" in table
-    assert "- Sharpness: images 40, directions 3, commit " in table
-    frame = pd.read_csv(results / "quick" / "sharpness.csv", dtype="string")
-    assert sorted(frame["id"]) == sorted(one["id"] for one in found)
-    assert (results / "quick" / "overview_sharpness.png").stat().st_size > 10_000
-    again = tmp_path / "again"
-    again.mkdir()
-    (results / "quick").rename(again / "quick")
-    kept = {path.name: path.read_bytes() for path in (again / "quick").iterdir()}
-    driver("--reuse", "--collect", "--results", again, "--outputs", tmp_path / "none")
-    assert {path.name: path.read_bytes() for path in (again / "quick").iterdir()} == kept
-
-    driver("--sharpness", "--collect", *places)
-    table = (results / "quick" / "overview.md").read_text()
-    assert "not measured" not in table and "- Sharpness: images 128, directions 3, commit " in table
-
-
-def test_what_is_no_finished_run(tmp_path):
-    with pytest.raises(FileNotFoundError, match="it has no result"):
-        script.measure(tmp_path, 100)
