@@ -38,20 +38,24 @@ def uniform_per_image(x: Tensor) -> Tensor:
 class ShakeDrop(nn.Module):
     """x·(b + a − b·a), backward b + β − b·β (Yamada et al. 2019), in evaluation x·keep.
 
-    b ~ Bernoulli(`keep`) once for the batch, a ~ U(−1, 1) and β ~ U(0, 1) for each image. So the factor is 1
+    b ~ Bernoulli(`keep`) for each image, as the paper's authors and google-research/sam have it, or with
+    `gate` "batch" once for the whole batch; a ~ U(−1, 1) and β ~ U(0, 1) for each image. So the factor is 1
     or a, and `keep` on average.
     """
 
-    def __init__(self, keep: float) -> None:
+    def __init__(self, keep: float, gate: str = "image") -> None:
         super().__init__()
-        self.keep = keep
+        if gate not in ("image", "batch"):
+            raise ValueError(f"gate must be image or batch, got {gate}")
+        self.keep, self.gate = keep, gate
         self.true_gradient = False
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return x * self.keep
         # All is drawn in either case: both passes of a SAM step must leave the generator in one state.
-        b = torch.rand((), dtype=torch.float32, device=x.device) < self.keep
+        shape = (len(x), 1, 1, 1) if self.gate == "image" else ()
+        b = torch.rand(shape, dtype=torch.float32, device=x.device) < self.keep
         a, beta = 2 * uniform_per_image(x) - 1, uniform_per_image(x)
         return decoupled(x, torch.where(b, 1.0, a), torch.where(b, 1.0, beta), self.true_gradient)
 

@@ -1,4 +1,4 @@
-"""Shake-Shake networks of two branches (Gastaldi 2017)."""
+"""Shake-Shake networks of two branches (Gastaldi 2017), with the paper's shortcuts or Gastaldi's."""
 
 import torch
 import torch.nn.functional as F
@@ -9,18 +9,29 @@ from rst.models.shake import ShakeShake
 
 
 class ShiftedShortcut(nn.Module):
-    """norm(concatenation of two 1×1 convolutions of relu(x)), both subsampled, the second after a shift of
-    relu(x) by one pixel to the right and down, as in Gastaldi's code."""
+    """norm(concatenation of two 1×1 convolutions of x), both subsampled, the second after a shift of x by one
+    pixel.
 
-    def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
+    `kind`: "authors", to the left and up, as the paper's authors and google-research/sam have it; "gastaldi",
+    as in his code: of relu(x), to the right and down.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int, kind: str = "authors") -> None:
         super().__init__()
+        if kind not in ("authors", "gastaldi"):
+            raise ValueError(f"shortcut must be authors or gastaldi, got {kind}")
+        self.kind = kind
         self.conv1 = nn.Conv2d(in_channels, out_channels // 2, 1, stride=stride, bias=False)
         self.conv2 = nn.Conv2d(in_channels, out_channels // 2, 1, stride=stride, bias=False)
         self.norm = nn.BatchNorm2d(out_channels)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = F.relu(x)
-        return self.norm(torch.cat((self.conv1(x), self.conv2(F.pad(x, (1, -1, 1, -1)))), 1))
+        if self.kind == "gastaldi":
+            x = F.relu(x)
+            shifted = F.pad(x, (1, -1, 1, -1))
+        else:
+            shifted = F.pad(x, (-1, 1, -1, 1))
+        return self.norm(torch.cat((self.conv1(x), self.conv2(shifted)), 1))
 
 
 def branch(in_channels: int, out_channels: int, stride: int) -> nn.Module:
@@ -38,13 +49,15 @@ def branch(in_channels: int, out_channels: int, stride: int) -> nn.Module:
 class ShakeShakeBlock(nn.Module):
     """shake(branch1(x), branch2(x)) + shortcut(x), the shortcut shifted where the shape changes."""
 
-    def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
+    def __init__(self, in_channels: int, out_channels: int, stride: int, shortcut: str = "authors") -> None:
         super().__init__()
         self.branch1 = branch(in_channels, out_channels, stride)
         self.branch2 = branch(in_channels, out_channels, stride)
         self.shake = ShakeShake()
         unchanged = in_channels == out_channels and stride == 1
-        self.shortcut = nn.Identity() if unchanged else ShiftedShortcut(in_channels, out_channels, stride)
+        self.shortcut = (
+            nn.Identity() if unchanged else ShiftedShortcut(in_channels, out_channels, stride, shortcut)
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.shake(self.branch1(x), self.branch2(x)) + self.shortcut(x)
@@ -54,7 +67,7 @@ class ShakeShakeNet(nn.Module):
     """16-channel stem, three groups of (depth − 2)/6 blocks with `width`, 2·`width` and 4·`width` channels
     and strides 1, 2, 2, ReLU, global average pooling, dense: (N, C, H, W) to (N, classes)."""
 
-    def __init__(self, depth: int, num_classes: int, in_chans: int, width: int) -> None:
+    def __init__(self, depth: int, num_classes: int, in_chans: int, width: int, shortcut: str) -> None:
         super().__init__()
         if not isinstance(width, int) or width < 2 or width % 2:
             raise ValueError(f"width must be at least 2 channels and even, got {width}")
@@ -64,7 +77,8 @@ class ShakeShakeNet(nn.Module):
         for i in range(3):
             group = []
             for j in range((depth - 2) // 6):
-                group.append(ShakeShakeBlock(channels, width * 2**i, 2 if i > 0 and j == 0 else 1))
+                stride = 2 if i > 0 and j == 0 else 1
+                group.append(ShakeShakeBlock(channels, width * 2**i, stride, shortcut))
                 channels = width * 2**i
             groups.append(nn.Sequential(*group))
         self.groups = nn.Sequential(*groups)
@@ -76,6 +90,9 @@ class ShakeShakeNet(nn.Module):
 
 
 @register
-def wrn2x96_shakeshake(num_classes: int = 10, in_chans: int = 3, width: int = 96) -> ShakeShakeNet:
-    """The paper's WRN-2x96, Gastaldi's 26 2x96d. `width` is the first group's channels."""
-    return ShakeShakeNet(26, num_classes, in_chans, width)
+def wrn2x96_shakeshake(
+    num_classes: int = 10, in_chans: int = 3, width: int = 96, shortcut: str = "authors"
+) -> ShakeShakeNet:
+    """The paper's WRN-2x96; with `shortcut` "gastaldi", Gastaldi's 26 2x96d. `width` is the first group's
+    channels."""
+    return ShakeShakeNet(26, num_classes, in_chans, width, shortcut)

@@ -11,10 +11,12 @@ class VGG(nn.Module):
     then dense layers hidden-hidden-classes: (N, C, H, W) with H, W ≥ 32 to (N, classes).
 
     Stage i has `convolutions`[i] convolutions of `width`·min(2^i, 8) channels; hidden is 64·`width`, with
-    dropout of probability 0.5.
+    dropout of probability `drop_rate` after each of the two.
     """
 
-    def __init__(self, convolutions: tuple[int, ...], num_classes: int, in_chans: int, width: int) -> None:
+    def __init__(
+        self, convolutions: tuple[int, ...], num_classes: int, in_chans: int, width: int, drop_rate: float
+    ) -> None:
         super().__init__()
         if not isinstance(width, int) or width < 1:
             raise ValueError(f"width must be a whole number of at least 1 channel, got {width!r}")
@@ -30,10 +32,10 @@ class VGG(nn.Module):
         self.hidden = nn.Sequential(
             nn.Linear(channels, hidden),
             nn.ReLU(),
-            nn.Dropout(0.5),
+            nn.Dropout(drop_rate),
             nn.Linear(hidden, hidden),
             nn.ReLU(),
-            nn.Dropout(0.5),
+            nn.Dropout(drop_rate),
         )
         self.head = nn.Linear(hidden, num_classes)
         initialize(self)
@@ -43,12 +45,12 @@ class VGG(nn.Module):
 
 
 @register
-def cifar_vgg16_bn(num_classes: int = 10, in_chans: int = 3, width: int = 64) -> VGG:
+def cifar_vgg16_bn(num_classes: int = 10, in_chans: int = 3, width: int = 64, drop_rate: float = 0.5) -> VGG:
     """The paper's VGG16-BN, for images of at least 32×32. `width` is the first stage's channels."""
-    return VGG((2, 2, 3, 3, 3), num_classes, in_chans, width)
+    return VGG((2, 2, 3, 3, 3), num_classes, in_chans, width, drop_rate)
 
 
 @register
-def cifar_vgg19_bn(num_classes: int = 10, in_chans: int = 3, width: int = 64) -> VGG:
+def cifar_vgg19_bn(num_classes: int = 10, in_chans: int = 3, width: int = 64, drop_rate: float = 0.5) -> VGG:
     """VGG19-BN in the manner of `cifar_vgg16_bn`."""
-    return VGG((2, 2, 4, 4, 4), num_classes, in_chans, width)
+    return VGG((2, 2, 4, 4, 4), num_classes, in_chans, width, drop_rate)

@@ -1,4 +1,4 @@
-"""Options that the authors' experiments need: `protocol=paper` takes them, and other runs stay what they were."""
+"""What the authors' experiments need: `protocol=paper` takes it, and other runs stay what they were."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 import rst.experiments.choices  # noqa: F401  registers the resolver that conf/train.yaml uses
-from rst.training.identity import NEUTRAL, identity
+from rst.training.identity import identity
 
 
 def composed(arguments: str) -> dict[str, Any]:

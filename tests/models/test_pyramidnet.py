@@ -42,6 +42,20 @@ def test_keep_probability_falls_linearly_to_one_half() -> None:
     assert not any(isinstance(m, ShakeDrop) for m in plain.modules())
 
 
+def test_options() -> None:
+    def stem(name: str, **options: bool) -> nn.Module:
+        return timm.create_model(name, alpha=0, **options).stem[1]
+
+    assert isinstance(stem("pyramidnet164_48"), nn.Identity)
+    assert isinstance(stem("pyramidnet164_48", stem_norm=True), nn.BatchNorm2d)
+    assert isinstance(stem("pyramidnet164_48_shakedrop"), nn.BatchNorm2d)
+    for gate in ("image", "batch"):
+        model = timm.create_model("pyramidnet164_48_shakedrop", alpha=0, gate=gate)
+        assert {m.gate for m in model.modules() if isinstance(m, ShakeDrop)} == {gate}
+    with pytest.raises(ValueError, match="gate must be image or batch, got pixel"):
+        timm.create_model("pyramidnet164_48_shakedrop", alpha=0, gate="pixel")
+
+
 def test_shortcut_averages_and_pads_with_zeros() -> None:
     block = PyramidBlock(3, 2, 2, keep=None)
     nn.init.zeros_(block.norm4.weight)

@@ -20,6 +20,7 @@ SIGMAS = stats.norm.isf(RARE / 2)
 MAKE: dict[str, Callable[[], nn.Module]] = {
     "ShakeDrop, kept": lambda: ShakeDrop(1.0),
     "ShakeDrop, dropped": lambda: ShakeDrop(0.0),
+    "ShakeDrop, one gate": lambda: ShakeDrop(0.0, gate="batch"),
     "ShakeShake": ShakeShake,
 }
 
@@ -99,9 +100,21 @@ def test_distribution_of_the_factors(make: Callable[[], nn.Module], low: float) 
     assert stats.pearsonr(a, beta).pvalue > RARE
 
 
-def test_shakedrop_keeps_the_whole_batch_or_drops_it() -> None:
+def test_shakedrop_keeps_or_drops_each_image() -> None:
+    """Binomial for each image, and pairs of images of one pass independent: the numbers kept are χ²."""
     torch.manual_seed(0)
-    passes = [factors(ShakeDrop(0.8), 4) for _ in range(1000)]
+    passes = [factors(ShakeDrop(0.8), 4) for _ in range(2000)]
+    kept = torch.stack([forward == 1 for forward, _ in passes])
+    assert torch.equal(kept, torch.stack([backward == 1 for _, backward in passes]))
+    for image in range(4):
+        assert stats.binomtest(int(kept[:, image].sum()), 2000, 0.8).pvalue > RARE
+    counts = kept.sum(1).bincount(minlength=5)
+    assert stats.chisquare(counts, 2000 * stats.binom(4, 0.8).pmf(range(5))).pvalue > RARE
+
+
+def test_shakedrop_with_one_gate_keeps_the_whole_batch_or_drops_it() -> None:
+    torch.manual_seed(0)
+    passes = [factors(ShakeDrop(0.8, gate="batch"), 4) for _ in range(1000)]
     kept = [bool((forward == 1).all() and (backward == 1).all()) for forward, backward in passes]
     dropped = [bool((forward != 1).all() and (backward != 1).all()) for forward, backward in passes]
     assert sum(kept) + sum(dropped) == 1000

@@ -8,12 +8,27 @@ from torch import nn
 from rst.models.shake_shake import ShakeShakeBlock, ShiftedShortcut
 
 
-def test_the_second_half_of_the_shortcut_sees_the_pixels_between_those_of_the_first() -> None:
-    shortcut = ShiftedShortcut(1, 2, 2).eval()
+def shortcut_of(kind: str, x: torch.Tensor) -> torch.Tensor:
+    shortcut = ShiftedShortcut(1, 2, 2, kind).eval()
     for conv in (shortcut.conv1, shortcut.conv2):
         nn.init.ones_(conv.weight)
+    return shortcut(x) * (1 + 1e-5) ** 0.5  # BatchNorm in evaluation divides by √(1 + eps)
+
+
+def test_the_second_half_of_the_shortcut_sees_the_pixels_right_of_and_below_those_of_the_first() -> None:
     x = torch.randn(2, 1, 6, 8)
-    y = shortcut(x) * (1 + 1e-5) ** 0.5  # BatchNorm in evaluation divides by √(1 + eps)
+    y = shortcut_of("authors", x)
+    assert torch.allclose(y[:, 0], x[:, 0, ::2, ::2], atol=1e-6)
+    assert torch.allclose(y[:, 1], x[:, 0, 1::2, 1::2], atol=1e-6)
+    x = torch.randn(2, 1, 5, 7)  # of odd sides, the last row and column have none
+    y = shortcut_of("authors", x)
+    assert torch.allclose(y[:, 1, :-1, :-1], x[:, 0, 1::2, 1::2], atol=1e-6)
+    assert not y[:, 1, -1].any() and not y[:, 1, :, -1].any()
+
+
+def test_gastaldis_shortcut_is_rectified_and_shifted_the_other_way() -> None:
+    x = torch.randn(2, 1, 6, 8)
+    y = shortcut_of("gastaldi", x)
     assert torch.allclose(y[:, 0], x[:, 0, ::2, ::2].relu(), atol=1e-6)
     assert torch.allclose(y[:, 1, 1:, 1:], x[:, 0, 1:-1:2, 1:-1:2].relu(), atol=1e-6)
     assert not y[:, 1, 0].any() and not y[:, 1, :, 0].any()
@@ -48,6 +63,15 @@ def test_three_groups_of_four_blocks() -> None:
         x = model.stem(torch.zeros(1, 3, 32, 32))
         shapes = [tuple((x := block(x)).shape[1:3]) for group in model.groups for block in group]
     assert shapes == [(96, 32)] * 4 + [(192, 16)] * 4 + [(384, 8)] * 4
+
+
+def test_the_model_has_the_shortcut_asked_for() -> None:
+    for options, kind in (({}, "authors"), ({"shortcut": "gastaldi"}, "gastaldi")):
+        model = timm.create_model("wrn2x96_shakeshake", width=2, **options)
+        kinds = [m.kind for m in model.modules() if isinstance(m, ShiftedShortcut)]
+        assert kinds == [kind] * 3
+    with pytest.raises(ValueError, match="shortcut must be authors or gastaldi, got other"):
+        timm.create_model("wrn2x96_shakeshake", width=2, shortcut="other")
 
 
 def test_an_odd_width_is_refused() -> None:

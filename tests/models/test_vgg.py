@@ -17,6 +17,9 @@ def test_layers(name: str, convolutions: int) -> None:
         assert layers[i].bias is not None
         assert isinstance(layers[i + 1], nn.BatchNorm2d) and isinstance(layers[i + 2], nn.ReLU)
     assert [m.p for m in layers if isinstance(m, nn.Dropout)] == [0.5, 0.5]
+    with torch.device("meta"):
+        without = timm.create_model(name, drop_rate=0.0)
+    assert not any(m.p for m in without.modules() if isinstance(m, nn.Dropout))
     dense = [m for m in layers if isinstance(m, nn.Linear)]
     assert [(m.in_features, m.out_features) for m in dense] == [(512, 4096), (4096, 4096), (4096, 10)]
     assert [type(m) for m in layers[-7:-1]] == [nn.Linear, nn.ReLU, nn.Dropout] * 2
