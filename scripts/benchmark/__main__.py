@@ -20,6 +20,7 @@ import torch
 from tabulate import tabulate
 
 from rst.files import write_text
+from rst.training.device import keep_memory
 from rst.training.provenance import provenance
 
 from .measuring import Ratio
@@ -56,7 +57,7 @@ def page(results: Results, settings: Settings, made_with: Mapping[str, Any], com
         f"# Benchmark on {made_with['device_name']}",
         f"Each ratio is the median over {settings.rounds} rounds, with its quartiles. In a round, all that "
         "is compared takes its turn, and ratios are taken within rounds, so that other load on the machine "
-        "hits both sides alike; on the CPU, times are CPU times of one thread. Ratios of times and of memory "
+        "hits both sides alike. On the CPU, times are CPU times of one thread. Ratios of times and of memory "
         "are better when smaller, those of images a second when larger. "
         f"{reached.count(True)} of {len(reached)} targets reached.",
         f"`{command}`, {datetime.now(UTC):%Y-%m-%d}, commit {made_with['commit']}{dirty}, Python "
@@ -90,6 +91,7 @@ def main() -> None:
     settings = Settings(arguments.rounds, arguments.device, arguments.quick, before)
 
     torch.set_num_threads(1)
+    keep_memory()  # as train.py does; else a step's time depends on what the C library gave back before it
     made_with = provenance(settings.device)
     results = {}
     for name in arguments.sections:

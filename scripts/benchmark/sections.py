@@ -221,7 +221,9 @@ def end_to_end(settings: Settings) -> Iterator[Ratio]:
     ours = {f"ours, {precision}": partial(_our_epochs, *case, precision) for precision in ("fp32", "bf16")}
     plain = {"plain recipe": partial(_plain_epochs, *case, 0)}
     if workers := 0 if settings.quick else min(8, CORES - 1):
-        plain[f"plain recipe, {workers} data worker(s)"] = partial(_plain_epochs, *case, workers)
+        plain[f"plain recipe, {workers} data worker{'s' * (workers > 1)}"] = partial(
+            _plain_epochs, *case, workers
+        )
     context = get_context("forkserver")
     context.set_forkserver_preload([__name__])
     with ExitStack() as stack:
@@ -279,7 +281,7 @@ _measure: Callable[[], float]
 
 
 def _start(start: Callable[[torch.device], Action], device: torch.device) -> None:
-    """In a process where no other contender's settings, such as the memory allocator's, apply."""
+    """In a process of its own, where the memory allocator has no settings but those that `start` makes."""
     global _measure
     torch.set_num_threads(1)
     _measure = timed(start(device), device)
