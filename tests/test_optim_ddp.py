@@ -2,6 +2,7 @@
 
 import copy
 import os
+import warnings
 
 import pytest
 import reference
@@ -17,15 +18,20 @@ from rst import RST, Linear, uniform
 STEPS, SEED = 12, 2
 RANKS = 2
 
+# The rule; beside it how the model is wrapped, and whether the loop's body calls zero_grad().
 CASES = {
     "sam": {"gamma": 1.0},
+    "zeroing": {"gamma": 1.0},
     "gnp": {"gamma": 0.5},
     "normalized": {"gamma": 2.0, "mix": "normalized"},
     "batchnorm": {"gamma": 0.5},
     "bucket_view": {"gamma": 0.5},
+    "bound_late": {"gamma": 0.5},
     "sync": {"gamma": 1.0, "sync_perturbation": True},
     "sync_asam": {"gamma": 0.5, "adaptive": True, "sync_perturbation": True},
     "sync_bucket_view": {"gamma": 0.5, "sync_perturbation": True},
+    "sync_zeroing": {"gamma": 2.0, "sync_perturbation": True},
+    "sync_static_graph": {"gamma": 0.5, "sync_perturbation": True},
 }
 
 
@@ -48,34 +54,112 @@ def loss_of(model, x, y):
     return loss.detach()
 
 
+def train(case, rank, rule):
+    """The weights and what happened."""
+    model = build(case)
+    options = {"gradient_as_bucket_view": "bucket_view" in case, "static_graph": "static_graph" in case}
+    ddp = DistributedDataParallel(model, **options)
+    reductions, losses = [], []
+
+    def count(group, bucket):
+        reductions[-1] += 1
+        return allreduce_hook(group, bucket)
+
+    ddp.register_comm_hook(None, count)
+    optimizer = RST(
+        sgd(model.parameters()),
+        Linear(0.2, 0.8),
+        STEPS,
+        module=model if case == "bound_late" else ddp,
+        seed=SEED,
+        rho=0.3,
+        **rule,
+    )
+    optimizer.module = ddp
+    for t in range(STEPS):
+        reductions.append(0)
+        x, y = shard(t, rank, RANKS)
+        for which in optimizer.passes():
+            if "zeroing" in case:
+                model.zero_grad()
+            loss = loss_of(ddp, x, y)
+            if which == "clean":
+                losses.append(loss.item())
+        optimizer.step()
+    return {
+        "state": state(model),
+        "reductions": reductions,
+        "losses": losses,
+        "sam_steps": optimizer.sam_steps,
+    }
+
+
+def train_unwrapped(rank):
+    """`module` is not the wrapper. The warnings of three steps, and the weights."""
+    ddp = DistributedDataParallel(build("raw"))
+    optimizer = RST(sgd(ddp.parameters()), 1.0, STEPS, module=ddp.module, rho=0.3, gamma=0.5)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        for t in range(3):
+            x, y = shard(t, rank, RANKS)
+            optimizer.step(lambda x=x, y=y: loss_of(ddp, x, y))
+    return [str(warning.message) for warning in caught], state(ddp.module)
+
+
+def buffers(rank, sync_perturbation):
+    """After each SAM step: those of RST, and those of the same steps in plain DistributedDataParallel."""
+    first, second = DistributedDataParallel(build("batchnorm")), DistributedDataParallel(build("batchnorm"))
+    base = torch.optim.SGD(first.parameters(), lr=0.1)
+    optimizer = RST(base, 1.0, STEPS, module=first, gamma=0.5, sync_perturbation=sync_perturbation)
+    pairs = []
+    for t in range(3):
+        with torch.no_grad():
+            for p, q in zip(first.parameters(), second.parameters(), strict=True):
+                q.copy_(p)
+        x, y = shard(t, rank, RANKS)
+        optimizer.step(lambda x=x, y=y: loss_of(first, x, y))
+        loss_of(second, x, y)
+        pairs.append([[b.clone() for b in ddp.module.buffers()] for ddp in (first, second)])
+    return pairs
+
+
+def refusals(rank):
+    """What is refused, with the message, and whether the weights are where they were."""
+    x, y = shard(0, rank, RANKS)
+
+    def attempt(zeroing=False, all_parameters=True, **options):
+        model = build("refused")
+        ddp = DistributedDataParallel(model, **options)
+        params = list(model.parameters())
+        optimizer = RST(sgd(params if all_parameters else params[:2]), 1.0, 10, module=ddp, gamma=0.5)
+
+        def closure():
+            if zeroing:
+                model.zero_grad()
+            return loss_of(ddp, x, y)
+
+        try:
+            optimizer.step(closure)
+        except (RuntimeError, ValueError) as error:
+            same = all(map(torch.equal, params, build("refused").parameters()))
+            return f"{error}" if same else "the weights moved"
+        return "accepted"
+
+    return {
+        "zeroed": attempt(zeroing=True),
+        "static_graph": attempt(static_graph=True),
+        "others": attempt(all_parameters=False),
+    }
+
+
 def train_rank(rank, folder):
-    """One process: every case in turn; weights and counts go to a file."""
+    """One process: every case in turn; results go to a file."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=RANKS)
-    results = {}
-    for case, rule in CASES.items():
-        model = build(case)
-        ddp = DistributedDataParallel(model, gradient_as_bucket_view="bucket_view" in case)
-        reductions, losses = [], []
-
-        def count(group, bucket, reductions=reductions):
-            reductions[-1] += 1
-            return allreduce_hook(group, bucket)
-
-        ddp.register_comm_hook(None, count)
-        optimizer = RST(
-            sgd(ddp.parameters()), Linear(0.2, 0.8), STEPS, module=ddp, seed=SEED, rho=0.3, **rule
-        )
-        for t in range(STEPS):
-            reductions.append(0)
-            x, y = shard(t, rank, RANKS)
-            losses.append(optimizer.step(lambda x=x, y=y, ddp=ddp: loss_of(ddp, x, y)).item())
-        results[case] = {
-            "state": state(model),
-            "reductions": reductions,
-            "losses": losses,
-            "sam_steps": optimizer.sam_steps,
-        }
+    results = {case: train(case, rank, rule) for case, rule in CASES.items()}
+    results["unwrapped"] = train_unwrapped(rank)
+    results["buffers"] = [buffers(rank, sync) for sync in (False, True)]
+    results["refusals"] = refusals(rank)
     torch.save(results, f"{folder}/{rank}.pt")
     dist.barrier()
     os._exit(0)  # on a busy machine gloo's threads have aborted an orderly end
@@ -138,3 +222,41 @@ def test_two_processes(case, trained):
         assert result["sam_steps"] == sum(X)
         if not sync:
             assert result["losses"] == pytest.approx([loss[rank] for loss in losses], rel=1e-12)
+
+
+def test_module_that_is_not_the_wrapper(trained):
+    """One warning that says what to set; until then both passes are averaged, so it is SAM on the whole
+    batch."""
+    twin = build("raw")
+    reference.train(
+        twin,
+        sgd(twin.parameters()),
+        lambda t: reference.loss_of(twin, t),
+        lambda t, T: 1.0,
+        3,
+        rho=0.3,
+        gamma=0.5,
+    )
+    for result in trained:
+        messages, weights = result["unwrapped"]
+        assert len(messages) == 1
+        assert "optimizer.module" in messages[0] and "DistributedDataParallel" in messages[0]
+        assert_close(weights, state(twin), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("sync_perturbation", [False, True])
+def test_buffers_are_those_of_a_plain_step(sync_perturbation, trained):
+    """On every rank; rank 0 sends its own to the others when the next step begins."""
+    for result in trained:
+        for ours, plain in result["buffers"][sync_perturbation]:
+            assert_same_bits(ours, plain)
+    last = [result["buffers"][sync_perturbation][-1][0] for result in trained]
+    assert not torch.equal(last[0][0], last[1][0])
+
+
+def test_what_is_refused(trained):
+    words = {"zeroed": "zero_grad", "static_graph": "static_graph=False", "others": "trainable parameters"}
+    for result in trained:
+        assert result["refusals"].keys() == words.keys()
+        for case, message in result["refusals"].items():
+            assert words[case] in message

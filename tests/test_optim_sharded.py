@@ -1,0 +1,269 @@
+"""RST with sharded parameters: fully_shard (FSDP2) and tensor parallelism, in one process and in two."""
+
+import copy
+import os
+
+import pytest
+import reference
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+import torch.nn.functional as F
+from reference import adamw, assert_close, assert_same_bits, batches
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor.debug import CommDebugMode
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    SequenceParallel,
+    parallelize_module,
+)
+
+from rst import RST
+
+STEPS, SEED, RANKS = 6, 2, 2
+CASES = {
+    "sam": {},
+    "gnp": {"gamma": 0.5},
+    "asam": {"gamma": 2.0, "adaptive": True},
+    "normalized": {"gamma": 2.0, "mix": "normalized"},
+    "zeroing": {"gamma": 2.0},
+}
+CASES_ALONE = ["asam", "zeroing"]
+CHECKPOINTS = {
+    "nested": StateDictOptions(),
+    "flat": StateDictOptions(flatten_optimizer_state_dict=True),
+    "full": StateDictOptions(full_state_dict=True),
+}
+
+
+def build() -> nn.Sequential:
+    """Some of two ranks have less of these parameters than the other, or nothing."""
+    torch.manual_seed(0)
+    model = nn.Sequential()
+    model.up = nn.Linear(6, 8)
+    model.act = nn.Tanh()
+    model.down = nn.Linear(8, 6)
+    model.norm = nn.LayerNorm(6)
+    model.head = nn.Linear(6, 3)
+    model.slope = nn.PReLU(init=0.7)
+    return model.double()
+
+
+def sharded(model, mesh):
+    for layer in model.up, model.down:
+        fully_shard(layer, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def parallel(model, mesh):
+    """The gradients of the LayerNorm are sums still to be made over the ranks; the slope is no DTensor."""
+    plan = {
+        "up": ColwiseParallel(),
+        "down": RowwiseParallel(output_layouts=Shard(0)),
+        "norm": SequenceParallel(sequence_dim=0),
+        "head": ColwiseParallel(input_layouts=Shard(0), output_layouts=Replicate()),
+    }
+    return parallelize_module(model, mesh, plan)
+
+
+def both(model, mesh):
+    """Tensor parallelism, sharded over a second dimension of the mesh (of one rank, as two are all)."""
+    mesh = init_device_mesh("cpu", (1, mesh.size()), mesh_dim_names=("data", "tensor"))
+    return fully_shard(parallel(model, mesh["tensor"]), mesh=mesh["data"])
+
+
+KINDS = {"sharded": sharded, "parallel": parallel, "both": both}
+
+
+def full(tensor):
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def weights(model):
+    return [full(p).detach().clone() for p in model.parameters()]
+
+
+def loss_of(model, kind, t):
+    """With sharded parameters a rank has its part of the batch, with tensor parallelism all of it."""
+    x, y = (tensor[t] for tensor in batches())
+    if kind == "sharded":
+        x, y = (tensor.chunk(dist.get_world_size())[dist.get_rank()] for tensor in (x, y))
+    loss = F.cross_entropy(model(x), y)
+    loss.backward()
+    return loss.detach()
+
+
+def start(kind, p=0.5, **rule):
+    model = KINDS[kind](build(), init_device_mesh("cpu", (dist.get_world_size(),)))
+    return model, RST(adamw(model.parameters()), p, 2 * STEPS, rho=0.3, module=model, seed=SEED, **rule)
+
+
+def train(kind, case):
+    model, optimizer = start(kind, **CASES[case])
+
+    def closure(t):
+        if "zeroing" in case:
+            optimizer.zero_grad()
+        return loss_of(model, kind, t)
+
+    for t in range(STEPS):
+        optimizer.step(lambda t=t: closure(t))
+    return {"weights": weights(model), "sam_steps": optimizer.sam_steps}
+
+
+def collectives():
+    """How often each kind is called in a plain step and in a SAM step."""
+    counts = []
+    for p in 0.0, 1.0:
+        model, optimizer = start("sharded", p)
+        with CommDebugMode() as log:
+            optimizer.step(lambda model=model: loss_of(model, "sharded", 0))
+        counts.append({str(kind): n for kind, n in log.get_comm_counts().items()})
+    return counts
+
+
+def resume(folder, options):
+    """Weights of a run that went on, and of one resumed from what the first had saved; the counters."""
+    model, optimizer = start("sharded", gamma=2.0)
+    for t in range(3):
+        optimizer.step(lambda t=t: loss_of(model, "sharded", t))
+    saved = get_optimizer_state_dict(model, optimizer, options=options)
+    again, resumed = start("sharded", gamma=2.0)
+    with torch.no_grad():
+        for p, q in zip(again.parameters(), model.parameters(), strict=True):
+            p.copy_(q)
+    if not options.full_state_dict:
+        dcp.save({"optimizer": saved}, checkpoint_id=folder)
+        saved = get_optimizer_state_dict(again, resumed, options=options)
+        dcp.load({"optimizer": saved}, checkpoint_id=folder)
+    set_optimizer_state_dict(again, resumed, copy.deepcopy(saved), options=options)
+    counters = [(o.steps, o.sam_steps, o.propagations) for o in (optimizer, resumed)]
+    for m, o in (model, optimizer), (again, resumed):
+        for t in range(3, STEPS):
+            o.step(lambda m=m, t=t: loss_of(m, "sharded", t))
+    return counters, weights(model), weights(again)
+
+
+def zero_in_place(kind):
+    model, optimizer = start(kind, p=1.0, gamma=2.0)
+    before = weights(model)
+
+    def closure():
+        model.zero_grad(set_to_none=False)
+        return loss_of(model, kind, 0)
+
+    try:
+        optimizer.step(closure)
+    except RuntimeError as error:
+        assert_same_bits(weights(model), before)
+        return str(error)
+    return "accepted"
+
+
+def left_gradients(rank, value, has_step):
+    """What a step says to gradients that were left on rank 0 alone: by a skipped step, or by another pass."""
+    model, optimizer = start("sharded", p=1.0)
+    loss_of(model, "sharded", 0)
+    if has_step:
+        optimizer.zero_grad()
+        optimizer.gradient(lambda: loss_of(model, "sharded", 0))
+    for p in model.parameters():
+        p.grad.to_local().fill_(value if rank == 0 else 0.0)
+    try:
+        optimizer.gradient(lambda: loss_of(model, "sharded", 1))
+    except RuntimeError as error:
+        return str(error)
+    return "accepted"
+
+
+def work(rank, folder):
+    """One process: first in a world of its own, then with the other; results go to a file."""
+    torch.set_num_threads(1)
+    results = {}
+    for world in 1, RANKS:
+        group = {"rank": rank, "world_size": RANKS} if world == RANKS else {"rank": 0, "world_size": 1}
+        name = "together" if world == RANKS else f"alone{rank}"
+        dist.init_process_group("gloo", init_method=f"file://{folder}/{name}", **group)
+        cases = CASES_ALONE if world == 1 else CASES
+        results[world] = {(kind, case): train(kind, case) for kind in KINDS for case in cases}
+        results[world]["zero in place"] = [zero_in_place(kind) for kind in KINDS]
+        if world == 1:
+            dist.destroy_process_group()
+    results["collectives"] = collectives()
+    for name, options in CHECKPOINTS.items():
+        results[name] = resume(f"{folder}/{name}", options)
+    results["skipped"] = left_gradients(rank, torch.inf, has_step=True)
+    results["foreign"] = left_gradients(rank, 1.0, has_step=False)
+    torch.save(results, f"{folder}/{rank}.pt")
+    dist.barrier()
+    os._exit(0)  # on a busy machine gloo's threads have aborted an orderly end
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A list over ranks."""
+    folder = tmp_path_factory.mktemp("sharded")
+    torch.multiprocessing.spawn(work, args=(str(folder),), nprocs=RANKS)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(RANKS)]
+
+
+@pytest.mark.parametrize(
+    ("world", "case"), [(1, case) for case in CASES_ALONE] + [(RANKS, case) for case in CASES]
+)
+@pytest.mark.parametrize("kind", KINDS)
+def test_sharded_steps_are_those_of_one_process(kind, world, case, trained):
+    """Of the whole batch, with the norm over all shards."""
+    twin = build()
+    X = reference.train(
+        twin,
+        adamw(twin.parameters()),
+        lambda t: reference.loss_of(twin, t),
+        lambda t, T: 0.5,
+        STEPS,
+        rho=0.3,
+        seed=SEED,
+        **CASES[case],
+    )
+    assert 0 < sum(X) < STEPS
+    for result in trained:
+        assert result[world][kind, case]["sam_steps"] == sum(X)
+        assert_close(result[world][kind, case]["weights"], weights(twin))
+
+
+def test_a_sam_step_gathers_and_scatters_twice_as_often(trained):
+    """Parameters are gathered anew for each pass, and no more; the norm is one all-reduce."""
+    for result in trained:
+        plain, sam = result["collectives"]
+        kinds = [kind for kind in plain if "gather" in kind or "scatter" in kind]
+        assert len(kinds) == 2 and all(plain[kind] > 0 for kind in kinds)
+        assert {kind: sam[kind] for kind in kinds} == {kind: 2 * plain[kind] for kind in kinds}
+        assert sum(n for kind, n in sam.items() if kind not in kinds) <= 1
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_distributed_checkpoint(name, trained):
+    for result in trained:
+        counters, straight, resumed = result[name]
+        assert counters[0] == counters[1] and counters[0][0] == 3
+        assert_same_bits(straight, resumed)
+
+
+@pytest.mark.parametrize("world", [1, RANKS])
+def test_zeroing_in_place_is_refused(world, trained):
+    for result in trained:
+        assert all("zero_grad" in message for message in result[world]["zero in place"])
+
+
+def test_ranks_agree_about_gradients_that_were_left(trained):
+    """Else one would wait for the other for ever."""
+    assert [result["skipped"] for result in trained] == ["accepted"] * RANKS
+    assert all("outside" in result["foreign"] for result in trained)
