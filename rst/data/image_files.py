@@ -46,6 +46,7 @@ class ImageFiles:
         mode: PIL's, "RGB" or "L".
         workers: processes that decode; 0 decodes in this one, None takes as many as this process may use
             cores, 16 at most.
+        interpolation: of a random crop to `size`, "bilinear" or "bicubic".
     """
 
     reader: Reader
@@ -54,6 +55,7 @@ class ImageFiles:
     fit: Callable[[Image.Image], Image.Image]
     mode: str = "RGB"
     workers: int | None = None
+    interpolation: str = "bilinear"
     device: torch.device = CPU
 
     def __post_init__(self) -> None:
@@ -174,7 +176,11 @@ class _Items(Dataset):
 
     def __init__(self, files: ImageFiles, cropped: bool) -> None:
         self.files = files
-        self.crop = RandomResizedCropAndInterpolation(files.size) if cropped else None
+        self.crop = (
+            RandomResizedCropAndInterpolation(files.size, interpolation=files.interpolation)
+            if cropped
+            else None
+        )
 
     def __getitem__(self, item: tuple[int, int]) -> np.ndarray | Exception:
         index, seed = item

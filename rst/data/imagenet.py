@@ -11,13 +11,14 @@ import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.data.readers.reader_image_folder import ReaderImageFolder
 from timm.data.readers.reader_image_in_tar import ReaderImageInTar
-from torchvision.transforms import CenterCrop, Compose, Resize
+from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize
 
 from rst.data import images
 from rst.data.image_files import ImageFiles, Reader
 from rst.data.images import ImageData
 
 EXTENSIONS = (".jpeg", ".jpg", ".png", ".webp")
+INTERPOLATIONS = ("bilinear", "bicubic")
 IMAGENET = (1_281_167, 1000)  # training images and classes
 SPLITS = {"train": ("train",), "val": ("val", "validation")}
 LAYOUTS = (
@@ -40,13 +41,15 @@ def imagenet(
     validation: bool = False,
     seed: int = 0,
     workers: int | None = None,
+    interpolation: str = "bilinear",
 ) -> ImageData:
     """ImageNet's training and validation images, decoded by `workers` processes as they are needed.
 
     Read by timm from a folder (train/<class>/*, val/<class>/*) or tar files (train.tar, val.tar), or from
     WebDataset shards (*train*.tar, *val*.tar, pairs of <key>.jpg and <key>.cls). Evaluation takes the centre
     `image_size` pixels of the image resized to 8/7 of it; training does, too, unless the augmentation has
-    `random_resized_crop`. Mean and standard deviation are ImageNet's.
+    `random_resized_crop`. Either resizes by `interpolation`: "bilinear", torchvision's, or "bicubic", that of
+    the paper's authors. Mean and standard deviation are ImageNet's.
 
     The classes are the folders' names, in natural order, or for WebDataset the labels. `validation`,
     `train_size`, `seed` and `workers` as in `image_folder`. `name` identifies the data in a run: "imagenet"
@@ -57,6 +60,8 @@ def imagenet(
     """
     if image_size < 1:
         raise ValueError(f"image_size is in pixels and must be at least 1, got {image_size}")
+    if interpolation not in INTERPOLATIONS:
+        raise ValueError(f"interpolation must be {' or '.join(INTERPOLATIONS)}, got {interpolation}")
     folder = Path(root).expanduser()
     train, test = _open(folder, "train"), _open(folder, "val")
     train_classes, test_classes = set(train.classes), set(test.classes)
@@ -74,11 +79,17 @@ def imagenet(
             "ImageNet: give the data a name of their own with dataset.name=NAME"
         )
 
-    fit = Compose([Resize(image_size * 8 // 7), CenterCrop(image_size)])
+    resize = Resize(image_size * 8 // 7, InterpolationMode(interpolation))
+    fit = Compose([resize, CenterCrop(image_size)])
 
     def files(split: _Split) -> ImageFiles:
         return ImageFiles(
-            split.reader, torch.arange(len(split.reader)), (image_size, image_size), fit, workers=workers
+            split.reader,
+            torch.arange(len(split.reader)),
+            (image_size, image_size),
+            fit,
+            workers=workers,
+            interpolation=interpolation,
         )
 
     data = ImageData(

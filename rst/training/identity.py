@@ -24,6 +24,7 @@ NOT_IDENTITY = (
 NEUTRAL: dict[str, Any] = {
     "augment.policies": "torchvision",
     "augment.mixup_first": False,
+    "dataset.interpolation": "bilinear",
 }
 
 

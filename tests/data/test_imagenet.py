@@ -104,6 +104,25 @@ def test_evaluation_is_the_centre_of_the_resized_image(folder: Path) -> None:
     assert plain[0][0].shape == (4, 3, 32, 32)
 
 
+def test_interpolation_is_of_evaluation_and_of_random_crops(folder: Path) -> None:
+    bilinear, bicubic = (imagenet(str(folder), interpolation=by, **SMALL) for by in ("bilinear", "bicubic"))
+    assert same(batches(imagenet(str(folder), **SMALL)), batches(bilinear))
+    path = files_of(folder, "val")[0]
+    for source, how in ((bilinear, Image.Resampling.BILINEAR), (bicubic, Image.Resampling.BICUBIC)):
+        image, _ = next(iter(data.evaluation_batches(source, 1)))
+        picture = Image.open(path).convert("RGB")
+        scale = 36 / min(picture.size)
+        resized = picture.resize([int(side * scale) for side in picture.size], how)
+        pixels = F.pil_to_tensor(F.center_crop(resized, [32, 32]))
+        assert torch.equal(image[0], data.normalize(pixels[None], source.mean, source.std)[0])
+    # The same crops, resized otherwise.
+    for (some, labels), (others, also) in zip(batches(bilinear), batches(bicubic), strict=True):
+        assert torch.equal(labels, also)
+        assert 0 < (some - others).abs().mean() < 0.2 * some.std()
+    with pytest.raises(ValueError, match="interpolation must be bilinear or bicubic, got nearest"):
+        imagenet(str(folder), interpolation="nearest", **SMALL)
+
+
 def test_whatever_the_number_of_workers(folder: Path) -> None:
     augment = Augment(flip=True, random_resized_crop=True, autoaugment="imagenet")
     alone = imagenet(str(folder), image_size=32, workers=0)
