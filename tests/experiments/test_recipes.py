@@ -17,8 +17,8 @@ from rst.training.settings import read_settings
 
 # epochs, batch size, learning rate, L2, decoupled decay, ρ, warmup epochs
 CNN = (200, 256, 0.1, 1e-3, 0.0, 0.1, 0)
-VIT = (300, 256, 1e-3, 0.0, 0.3, 0.1, 40)
-VIT_MIXUP = (1200, 256, 5e-4, 0.0, 0.03, 0.1, 40)
+VIT = (300, 256, 1e-3, 0.0, 0.3, 0.1, 0)
+VIT_MIXUP = (1200, 256, 5e-4, 0.0, 0.03, 0.1, 0)
 SHAKEDROP = (1800, 128, 0.05, 5e-4, 0.0, 0.1, 0)
 SHAKE_SHAKE = (1800, 256, 0.1, 1e-3, 0.0, 0.1, 0)
 IMAGENET_RESNET = (100, 512, 0.2, 1e-4, 0.0, 0.05, 0)
@@ -70,7 +70,7 @@ def test_a_recipe(arguments, expected):
         config["method"]["rho"],
         config["warmup_epochs"],
     )
-    assert config["clip_norm"] == 5.0
+    assert config["clip_norm"] == 2.0
     assert instantiate(config["lr_schedule"]).func is cosine
     if "vit" in arguments:
         assert optimizer["_target_"] == "torch.optim.AdamW"
