@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from hydra.conf import HydraConf
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
+from hydra.errors import HydraException, MissingConfigException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -131,6 +131,8 @@ def explained(error: Exception, cfg: DictConfig) -> Exception:
 
 def one_line(error: Exception) -> str:
     """The error's message on one line, with its type unless it is of a kind that is raised for users."""
+    if isinstance(error, MissingConfigException) and error.options:  # Hydra's own message takes 30 lines
+        return f"unknown option {error.missing_cfg_file}: choose from {', '.join(sorted(error.options))}"
     message = " ".join(str(error).split())
     for_users = (
         ValueError | OSError | FloatingPointError | MemoryError | HydraException | OmegaConfBaseException

@@ -41,7 +41,7 @@ SETTINGS = {
     "model=timm": "model.name",
     "model=timm model.name=resnt18": "unknown model 'resnt18'; closest are resnet18",
     # Options that do not exist: the choices are listed.
-    "schedule=slow": "constant linear linear1",
+    "schedule=slow": "unknown option schedule/slow: choose from constant, linear, linear1",
     "precision=fp8": "precision=fp8: Input should be 'fp32', 'tf32', 'bf16' or 'fp16'",
     "method=grst method.mix=norm": "method.mix=norm: Input should be 'gradient' or 'normalized'",
     "device=tpu": "auto|cpu|mps|cuda",
