@@ -1,47 +1,27 @@
-"""Fill in README.md's tables from results/ and conf/ (`make readme`)."""
+"""Fill in README.md's table from the records of results/quick (`make readme`)."""
 
-import re
 from pathlib import Path
 
-import rst.experiments.command_line  # noqa: F401  registers the resolver that conf/train.yaml uses
-from rst.experiments.listing import SIZE, model_table
+from hydra import initialize_config_dir
+
+from rst.experiments.sweeps import gather
 from rst.reporting import pages
-from rst.reporting.tables import read_table
+from rst.reporting.records import recorded_in
+from rst.reporting.tables import summarize
 
 ROOT = Path(__file__).resolve().parent.parent
-MARKED = re.compile(r"(<!-- table:(\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
-MODELS = re.compile(r"(<!-- models -->\n).*?(<!-- end -->)", re.DOTALL)
+ROWS = ("SGD", "SAM", "RST constant", "RST linear", "G-RST linear")
 
 
-def section(results: Path, name: str) -> str:
-    """The first column of the table in `results`/`name`: its main figure, its usual metrics, and a link."""
-    summary = read_table(results / name)[0]
-    return "\n\n".join(
-        [
-            f"**{summary.title}.** {summary.setting}.",
-            f"![differences to {summary.reference}, with 95 % intervals](results/{name}/forest.png)",
-            pages.pipes(pages.cells(summary, pages.USUAL)),
-            f"{pages.reading(summary)} {' '.join(pages.provenance(summary.frame))}",
-            f"Everything else about it: [results/{name}](results/{name}/README.md).\n",
-        ]
-    )
-
-
-def models() -> str:
-    """The table of `python train.py --list`."""
-    rows = [f"| `{name}` | {size} | {comment} |" for name, size, comment in model_table(ROOT / "conf")]
-    return "\n".join([f"| `model=` | {SIZE} | |", "|:--|--:|:--|", *rows, ""])
-
-
-def main() -> None:
-    readme = ROOT / "README.md"
-
-    def fill(match: re.Match[str]) -> str:
-        return match[1] + section(ROOT / "results", match[2]) + match[3]
-
-    text = MARKED.sub(fill, readme.read_text())
-    readme.write_text(MODELS.sub(lambda match: match[1] + models() + match[2], text))
+def table() -> str:
+    """Some rows of the table quick/overview, how to read them, and where they come from."""
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        (overview,), _ = gather(["overview"], ROOT / "conf", "quick", [])
+    summary = summarize(overview, overview.columns[0], recorded_in(ROOT / "results" / "quick").joined, {})
+    lines = [line for line in pages.cells(summary, pages.USUAL) if line["Method"] in ROWS]
+    source = " ".join(pages.provenance(summary.frame))
+    return f"{pages.pipes(lines)}\n\n{pages.reading(summary)} {source}"
 
 
 if __name__ == "__main__":
-    main()
+    pages.fill(ROOT / "README.md", "table", table())
