@@ -26,17 +26,21 @@ IMAGES = 500
 BATCH_SIZE = 250
 
 
-def measure_all(folders: Sequence[Path], images: int = IMAGES, jobs: int = 1) -> None:
+def measure_all(
+    folders: Sequence[Path], images: int = IMAGES, jobs: int = 1, rho: float | None = None
+) -> None:
     """`measure` the runs in these folders, `jobs` at once, and print a line on each, in order."""
-    tasks = [delayed(measure)(folder, images) for folder in folders]
+    tasks = [delayed(measure)(folder, images, rho) for folder in folders]
     for line in Parallel(n_jobs=jobs, return_as="generator")(tasks):
         print(line, flush=True)
 
 
-def measure(folder: Path, images: int = IMAGES) -> str:
+def measure(folder: Path, images: int = IMAGES, rho: float | None = None) -> str:
     """Write sharpness.json into a finished run's folder, unless it is there, and return a line on it.
 
     The loss is that of so many of the training images, stratified by class, or of all where there are fewer.
+    ε has the radius `rho`; None takes the run's setting `rho`, which is its protocol's unless the run was given
+    another, and not the `method.rho` that ASAM has: runs compare at one radius only.
 
     Raises:
         FileNotFoundError: the folder is not a finished run's, or has lost its checkpoint.
@@ -45,12 +49,14 @@ def measure(folder: Path, images: int = IMAGES) -> str:
         result = json.loads((folder / "result.json").read_text())
     except FileNotFoundError:
         raise FileNotFoundError(f"{folder} is no folder of a finished run: it has no result.json") from None
+    config: Any = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"), resolve=True)
+    rho = config["rho"] if rho is None else rho
     path = folder / "sharpness.json"
     measured = json.loads(path.read_text()) if path.exists() else {}
     wanted = {"id": result["id"], "finished": result["finished"]}
-    wanted |= {"at_most": images, "directions": sharpness.DIRECTIONS}
+    wanted |= {"at_most": images, "directions": sharpness.DIRECTIONS, "rho": rho}
     if not wanted.items() <= measured.items():
-        measured = _measure(folder, result["id"], images) | wanted
+        measured = _measure(folder, config, result["id"], images, rho) | wanted
         write_text(path, json.dumps(measured, indent=1, allow_nan=False))
     return (
         f"{result['name']}: loss {measured['loss']:.4f}, λ_max {measured['lambda_max']:.2f}, "
@@ -58,8 +64,7 @@ def measure(folder: Path, images: int = IMAGES) -> str:
     )
 
 
-def _measure(folder: Path, run_id: str, images: int) -> dict[str, Any]:
-    config: Any = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"), resolve=True)
+def _measure(folder: Path, config: dict[str, Any], run_id: str, images: int, rho: float) -> dict[str, Any]:
     state = checkpoint.load(folder / "checkpoint.pt", run_id)
     if state is None:
         raise FileNotFoundError(f"{folder} has no checkpoint, which the weights would be in")
@@ -68,11 +73,9 @@ def _measure(folder: Path, run_id: str, images: int) -> dict[str, Any]:
         data = instantiate(config["dataset"], _convert_="all")
         model = new_model(config, data)
         model.load_state_dict(state["training"]["model"])
-        rho = config["method"].get("rho", config["rho"])
         batches = _batches(data, images, config["dataset"].get("seed", 0))
         return {
             "images": sum(len(labels) for _, labels in batches),
-            "rho": rho,
             **asdict(sharpness.measure(model, batches, rho)),
             "seconds": time.perf_counter() - began,
             **provenance(torch.device("cpu")),

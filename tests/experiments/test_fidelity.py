@@ -1,5 +1,7 @@
 """What the authors' experiments need: `protocol=paper` takes it, and other runs stay what they were."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +13,7 @@ from omegaconf import OmegaConf
 from torch import nn
 
 import rst.experiments.choices  # noqa: F401  registers the resolver that conf/train.yaml uses
+from rst.experiments.measure_sharpness import measure
 from rst.models.shake import ShakeDrop
 from rst.models.shake_shake import ShiftedShortcut
 from rst.training.identity import identity
@@ -102,3 +105,16 @@ def test_the_models_options_are_the_authors() -> None:
         vgg = built("model=vgg16_bn", side, 10)
         assert [m.p for m in vgg.modules() if isinstance(m, nn.Dropout)] == [0.5, 0.5]
     assert composed("dataset=imagenet")["dataset"]["interpolation"] == "bicubic"
+
+
+def test_sharpness_is_measured_at_the_protocols_radius_whatever_the_methods(
+    run_train: Any, tmp_path: Path
+) -> None:
+    short = ["protocol=quick", "epochs=1", "model.width=4", "dataset.train_size=128", f"outputs={tmp_path}"]
+    run_train(*short, "method=asam")
+    (folder,) = tmp_path.glob("*asam*")
+    radii = []
+    for rho in (None, 0.02):
+        measure(folder, images=40, rho=rho)
+        radii.append(json.loads((folder / "sharpness.json").read_text())["rho"])
+    assert radii == [0.1, 0.02]
