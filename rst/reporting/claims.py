@@ -65,12 +65,20 @@ class Claim:
 
 @dataclass(frozen=True)
 class Outcome:
-    """`verdict` holds where p, adjusted, is small enough. p is 1 where nothing can be decided."""
+    """Whether the estimate is within the claim's bounds, and the p-value against the nearest of them. p is 1
+    where nothing can be tested, and `untested` says why."""
 
     claim: Claim
     estimate: Estimate
-    p: float
-    verdict: str
+    holds: bool = False
+    p: float = 1.0
+    untested: str = ""
+
+    def verdict(self, adjusted: float) -> str:
+        """By the p-value adjusted for the number of claims."""
+        if self.untested or adjusted >= ALPHA:
+            return self.untested or "undecided"
+        return "supported" if self.holds else "contradicted"
 
 
 def read_claims(path: Path) -> dict[str, list[Claim]]:
@@ -106,18 +114,16 @@ def evaluate(claim: Claim, column: Column, records: pd.DataFrame) -> Outcome:
     found = estimate(gaps)
     seeds = set.intersection(*(set(row.runs) for row in [*ours, *theirs]))
     runs = records[records["id"].isin({run for row in [*ours, *theirs] for run in row.runs.values()})]
-    if found.n == 0:
-        return Outcome(claim, found, 1.0, "not run")
     if found.n < len(seeds):
-        return Outcome(claim, found, 1.0, "partial")
+        return Outcome(claim, found, untested="partial" if found.n else "not run")
     if claim.metric.startswith("seconds") and not on_one_machine(runs):
-        return Outcome(claim, found, 1.0, "not comparable: several machines")
+        return Outcome(claim, found, untested="not comparable: several machines")
     if found.n < MIN_SEEDS or np.isnan(found.low):
-        return Outcome(claim, found, 1.0, "undecided")
+        return Outcome(claim, found)
     low, high = claim.bounds
     nearest = min(low, high, key=lambda bound: abs(found.mean - bound))
     p = float(stats.ttest_1samp(gaps, nearest).pvalue)
-    return Outcome(claim, found, p, "supported" if low < found.mean < high else "contradicted")
+    return Outcome(claim, found, low < found.mean < high, p)
 
 
 def tables_of_claims(
@@ -135,7 +141,7 @@ def tables_of_claims(
                 "Estimate [95 % interval]": _estimate(one),
                 "n": str(one.estimate.n),
                 "p, adjusted": "< 0.001" if p < 0.001 else f"{p:.3f}",
-                "Verdict": "undecided" if p >= ALPHA and one.p < 1 else one.verdict,
+                "Verdict": one.verdict(p),
             }
             for one, p in zip(found, adjusted, strict=True)
         ]

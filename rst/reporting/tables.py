@@ -1,8 +1,7 @@
 """A table: what is asked for, and what the records say of it."""
 
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -111,7 +110,6 @@ def write_table(
     files = {
         "README.md": pages.page(summaries, drawn),
         "table.csv": to_csv(summaries),
-        "manifest.json": json.dumps(_manifest(summaries), indent=1, ensure_ascii=False) + "\n",
     }
     if for_print:
         files["table.tex"] = pages.to_latex(summaries)
@@ -122,16 +120,6 @@ def write_table(
         stem, suffix = image.rsplit(".", 1)
         write_atomically(folder / image, partial(drawn[stem].savefig, format=suffix))
     return [folder / name for name in (*files, *images)]
-
-
-def read_table(folder: Path) -> list[Summary]:
-    """The columns of the table that `write_table` wrote to `folder`."""
-    manifest = json.loads((folder / "manifest.json").read_text())
-    lines = pd.read_csv(folder / "table.csv", keep_default_na=False, na_values=[""])
-    return [
-        Summary(**column, frame=lines[lines["column"].fillna("") == column["name"]].reset_index(drop=True))
-        for column in manifest
-    ]
 
 
 def summarize(table: Table, column: Column, records: pd.DataFrame, failures: Mapping[str, str]) -> Summary:
@@ -150,11 +138,6 @@ def to_csv(summaries: Sequence[Summary]) -> str:
     frame = pd.concat(lines)
     first = ["column", "label"]
     return frame[[*first, *frame.columns.drop(first)]].to_csv(index=False, lineterminator="\n")
-
-
-def _manifest(summaries: Sequence[Summary]) -> list[dict[str, Any]]:
-    names = [field.name for field in fields(Summary) if field.name != "frame"]
-    return [{name: getattr(summary, name) for name in names} for summary in summaries]
 
 
 def _line(

@@ -21,14 +21,15 @@ def outcome(made=None, **keys):
         ({"below": 2}, "supported", 2),
         ({"below": 0}, "contradicted", 0),
         ({"within": 2}, "supported", 2),
-        ({"within": 0.5}, "contradicted", 0.5),
+        ({"within": 0.1}, "contradicted", 0.1),
+        ({"within": 0.5}, "undecided", 0.5),
         ({"row": "SAM", "minus": "RST", "below": 0}, "supported", 0),
     ],
 )
 def test_a_paired_t_test_against_the_nearest_bound(keys, verdict, bound):
     found = outcome(**keys)
     sign = -1 if keys.get("row") == "SAM" else 1
-    assert found.verdict == verdict
+    assert found.verdict(found.p) == verdict
     assert found.p == pytest.approx(stats.ttest_1samp([sign * x for x in (0, 2, 1, 1, 1)], bound).pvalue)
     assert found.estimate.mean == pytest.approx(sign)
 
@@ -48,23 +49,23 @@ def test_ratios_are_of_geometric_means():
     found = outcome(**seconds, within=0.6)
     expected = stats.gmean([(15 + i / 10) / (10 + i / 10) for i in range(5)])
     assert math.exp(found.estimate.mean) == pytest.approx(expected)
-    assert found.verdict == "supported"
-    assert outcome(**seconds, within=0.4).verdict == "contradicted"
+    assert found.verdict(found.p) == "supported"
+    assert outcome(**seconds, within=0.4).verdict(0) == "contradicted"
 
 
 def test_times_of_several_machines_are_not_compared():
     some = [one | {"host": "other"} if one["id"] == "rrst0" else one for one in results()]
     found = outcome(records(some), metric="seconds.train", minus=(), over="SGD", within=0.6)
-    assert (found.verdict, found.p) == ("not comparable: several machines", 1)
+    assert (found.verdict(0), found.p) == ("not comparable: several machines", 1)
 
 
 def test_nothing_is_claimed_of_runs_that_are_missing_few_or_equal():
-    assert outcome(records([]), below=0).verdict == "not run"
-    assert outcome(records(results()[:-1]), below=2).verdict == "partial"
+    assert outcome(records([]), below=0).verdict(0) == "not run"
+    assert outcome(records(results()[:-1]), below=2).verdict(0) == "partial"
     two = evaluate(Claim(**RST_ABOVE_SAM, below=9), column(seeds=2), records().joined)
-    assert (two.verdict, two.p) == ("undecided", 1)
-    assert outcome(minus="SGD", below=0).verdict == "undecided"  # −3 with every seed
-    assert outcome(metric="lambda_max", below=0).verdict == "not run"  # not measured
+    assert (two.verdict(two.p), two.p) == ("undecided", 1)
+    assert outcome(minus="SGD", below=0).p == 1  # −3 with every seed
+    assert outcome(metric="lambda_max", below=0).verdict(0) == "not run"  # not measured
 
 
 def test_contradictions_are_refused():
