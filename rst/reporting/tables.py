@@ -107,19 +107,17 @@ def write_table(
         place = pages.place(summary, summaries)
         (folder / place).mkdir(exist_ok=True)
         drawn |= {f"{place}{name}": one for name, one in figures.of_column(summary, records.curves).items()}
-    files = {
-        "README.md": pages.page(summaries, drawn),
-        "table.csv": to_csv(summaries),
-    }
+    texts = {"README.md": pages.page(summaries, drawn), "table.csv": to_csv(summaries)}
     if for_print:
-        files["table.tex"] = pages.to_latex(summaries)
-    for name, text in files.items():
+        texts["table.tex"] = pages.to_latex(summaries)
+    for name, text in texts.items():
         write_text(folder / name, text)
-    images = [f"{name}.{suffix}" for name in drawn for suffix in ("png", "pdf")[: 1 + for_print]]
-    for image in images:
-        stem, suffix = image.rsplit(".", 1)
-        write_atomically(folder / image, partial(drawn[stem].savefig, format=suffix))
-    return [folder / name for name in (*files, *images)]
+    files = [folder / name for name in texts]
+    for name, figure in drawn.items():
+        for suffix in ("png", "pdf") if for_print else ("png",):
+            files.append(folder / f"{name}.{suffix}")
+            write_atomically(files[-1], partial(figure.savefig, format=suffix))
+    return files
 
 
 def summarize(table: Table, column: Column, records: pd.DataFrame, failures: Mapping[str, str]) -> Summary:
@@ -144,10 +142,9 @@ def _line(
     row: Row, reference: Row, baseline: Row, records: pd.DataFrame, failures: Mapping[str, str]
 ) -> dict[str, Any]:
     group = records[records["id"].isin([*row.runs.values()])]
-    finished = {seed: run for seed, run in sorted(row.runs.items()) if run in set(group["id"])}
-    failed = {
-        seed: failures[run] for seed, run in row.runs.items() if run in failures and seed not in finished
-    }
+    ids = set(group["id"])
+    finished = {seed: run for seed, run in sorted(row.runs.items()) if run in ids}
+    failed = {seed: failures[run] for seed, run in row.runs.items() if run in failures.keys() - ids}
     status = "partial" if finished else "failed" if failed else "not run"
     measured = {
         name: values(name, row.runs, records)
