@@ -39,7 +39,7 @@ def measure(folder: Path, images: int = IMAGES, rho: float | None = None) -> str
     """Write sharpness.json into a finished run's folder, unless it is there, and return a line on it.
 
     The loss is that of so many of the training images, stratified by class, or of all where there are fewer.
-    ε has the radius `rho`; None takes the run's setting `rho`, which is its protocol's unless the run was given
+    ε has the radius `rho`; None takes the run's setting `rho`, which is its protocol's unless it was given
     another, and not the `method.rho` that ASAM has: runs compare at one radius only.
 
     Raises:
