@@ -84,11 +84,15 @@ def test_a_rho_that_is_the_base_s_own(adaptive):
     model = network(plain=True)
     base = torch.optim.Adadelta(model.parameters(), rho=0.9)
     optimizer = RST(base, 1.0, 10, rho=0.1, adaptive=adaptive)
-    theta = [p.detach().clone() for p in model.parameters()]
-    for which in optimizer.passes():
-        if which == "perturbed":
-            epsilon = [(p - t).detach() for p, t in zip(model.parameters(), theta, strict=True)]
-        loss_of(model, 0)
+    seen = []
+
+    def closure():
+        seen.append([p.detach().clone() for p in model.parameters()])
+        return loss_of(model, 0)
+
+    optimizer.gradient(closure)
+    theta, perturbed = seen
+    epsilon = [p - t for p, t in zip(perturbed, theta, strict=True)]
     if adaptive:
         epsilon = [e / t.abs() for e, t in zip(epsilon, theta, strict=True)]
     assert reference.norm(epsilon).item() == pytest.approx(0.1, rel=1e-12)
@@ -215,10 +219,13 @@ def test_another_optimizer_on_the_same_model(p, gamma):
         torch.manual_seed(t)
         loss_of(clean, t)
         expected = [q.grad for name, q in clean.named_parameters() if name != "0.weight"]
-        torch.manual_seed(t)
-        for _ in optimizer.passes():
+
+        def closure(t=t):
             seen.append([q.detach().clone() for q in others])
-            loss_of(model, t)
+            return loss_of(model, t)
+
+        torch.manual_seed(t)
+        optimizer.gradient(closure)
         assert_same_bits([q.grad for q in others], expected)
         assert_same_bits(seen[-1], others)
         optimizer.step()
