@@ -6,10 +6,11 @@ import subprocess
 import torch
 from conftest import ROOT
 
-from rst.training.provenance import combined, provenance
+from rst.training.provenance import _commit, combined, provenance
 
 
 def test_provenance_names_versions_commit_and_machine():
+    _commit.cache_clear()  # the checkout may have changed since the first test of this process
     made_with = provenance(torch.device("cpu"))
     if (ROOT / ".git").exists() and shutil.which("git"):
         head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
