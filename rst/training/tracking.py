@@ -155,16 +155,20 @@ class Wandb(Tracker):
         import wandb
 
         artifact = wandb.Artifact(self.run_name, type="table")
-        for file in files:
-            artifact.add_file(str(file))
+        top = os.path.commonpath([file.parent for file in files])
+        names = {
+            file: file.relative_to(top).as_posix() for file in files
+        }  # columns have folders of their own
+        for file, name in names.items():
+            artifact.add_file(str(file), name=name)
         self._run.log_artifact(artifact)
-        for file in files:
+        for file, name in names.items():
             if file.suffix == ".png":
-                self._run.log({f"figure/{file.stem}": wandb.Image(str(file))})
+                self._run.log({f"figure/{name.removesuffix('.png')}": wandb.Image(str(file))})
             elif file.suffix == ".csv":
                 frame = pd.read_csv(file).astype(object)
                 frame = frame.where(frame.notna(), None)  # W&B would write NaN, which is not JSON
-                self._run.log({f"table/{file.stem}": wandb.Table(dataframe=frame)})
+                self._run.log({f"table/{name.removesuffix('.csv')}": wandb.Table(dataframe=frame)})
 
     def _finish(self, succeeded: bool) -> None:
         # W&B's with-block would print the traceback of a failed run.

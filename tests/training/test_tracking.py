@@ -125,10 +125,13 @@ def test_a_run_left_open_does_not_receive_the_next_runs_metrics(tmp_path: Path) 
 @pytest.fixture
 def table_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path / "data"))  # W&B copies an artifact's files to it
-    files = [tmp_path / f"overview.{suffix}" for suffix in ("md", "csv", "png")]
+    (tmp_path / "overview" / "noise").mkdir(parents=True)
+    names = ("README.md", "table.csv", "forest.png", "noise/forest.png")
+    files = [tmp_path / "overview" / name for name in names]
     files[0].write_text("the table")
     files[1].write_text("label,mean,note\nSGD,4.5,\nSAM,,best\n")
-    Image.new("RGB", (4, 3)).save(files[2])
+    for width, file in enumerate(files[2:], 3):
+        Image.new("RGB", (width, 3)).save(file)
     return files
 
 
@@ -142,10 +145,10 @@ def test_a_table_is_one_run_of_its_group_with_all_its_files(table_files: list[Pa
     (artifact,) = (a for a in records["artifact"] if a["type"] == "table")
     assert artifact["name"] == "quick-overview" and artifact["finalize"]
     copies = {entry["path"]: Path(entry["local_path"]) for entry in artifact["manifest"]["contents"]}
-    contents = {file.name: file.read_bytes() for file in table_files}
+    contents = {file.relative_to(tmp_path / "overview").as_posix(): file.read_bytes() for file in table_files}
     assert {name: path.read_bytes() for name, path in copies.items()} == contents
-    (image,) = folder.glob("wandb/offline-run-*/files/media/images/figure/*.png")
-    assert image.read_bytes() == contents["overview.png"]
+    images = {path.read_bytes() for path in folder.glob("wandb/offline-run-*/files/media/images/**/*.png")}
+    assert images == {contents["forest.png"], contents["noise/forest.png"]}
     (table,) = folder.glob("wandb/offline-run-*/files/media/table/table/*.json")
     rows = [["SGD", 4.5, None], ["SAM", None, "best"]]
     assert json.loads(table.read_text()) == {"columns": ["label", "mean", "note"], "data": rows}
