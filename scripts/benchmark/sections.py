@@ -35,7 +35,7 @@ FLIP_AND_CROP = Augment(flip=True, crop_padding=4)
 class Settings:
     """`quick`: tiny sizes, to see that it runs; `before`: an earlier `RST` to time beside today's."""
 
-    rounds: int = 15
+    rounds: int = 12
     device: torch.device = CPU
     quick: bool = False
     before: type[RST] | None = None
