@@ -18,7 +18,7 @@ from rst.data.image_files import ImageFiles, Reader
 from rst.data.images import ImageData
 
 EXTENSIONS = (".jpeg", ".jpg", ".png", ".webp")
-INTERPOLATIONS = ("bilinear", "bicubic")
+INTERPOLATIONS = ("bicubic", "bilinear")
 IMAGENET = (1_281_167, 1000)  # training images and classes
 SPLITS = {"train": ("train",), "val": ("val", "validation")}
 LAYOUTS = (
@@ -41,15 +41,15 @@ def imagenet(
     validation: bool = False,
     seed: int = 0,
     workers: int | None = None,
-    interpolation: str = "bilinear",
+    interpolation: str = "bicubic",
 ) -> ImageData:
     """ImageNet's training and validation images, decoded by `workers` processes as they are needed.
 
     Read by timm from a folder (train/<class>/*, val/<class>/*) or tar files (train.tar, val.tar), or from
     WebDataset shards (*train*.tar, *val*.tar, pairs of <key>.jpg and <key>.cls). Evaluation takes the centre
     `image_size` pixels of the image resized to 8/7 of it; training does, too, unless the augmentation has
-    `random_resized_crop`. Either resizes by `interpolation`: "bilinear", torchvision's, or "bicubic", that of
-    the paper's authors. Mean and standard deviation are ImageNet's.
+    `random_resized_crop`. Either resizes by `interpolation`: "bicubic", that of the paper's authors, or
+    "bilinear", torchvision's. Mean and standard deviation are ImageNet's.
 
     The classes are the folders' names, in natural order, or for WebDataset the labels. `validation`,
     `train_size`, `seed` and `workers` as in `image_folder`. `name` identifies the data in a run: "imagenet"
