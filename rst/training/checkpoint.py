@@ -14,7 +14,7 @@ from rst.files import write_atomically
 
 log = logging.getLogger(__name__)
 
-SCHEMA = 1
+SCHEMA = 2
 _DIGEST_BYTES = hashlib.sha256().digest_size
 
 
