@@ -134,12 +134,12 @@ def test_the_files_of_a_table(tmp_path):
     made = records(measured=["sgd"])
     texts = {"README.md", "table.csv", "schedules.png"}
     figures = {"forest.png", "curves.png", "sharpness.png", "error.png"}
-    assert written(table(), made, tmp_path) == texts | figures
     several = table(column("a"), column("b"), name="several")
-    expected = {f"{name}/{figure}" for name in "ab" for figure in figures}
-    assert written(several, made, tmp_path) == texts | expected
-    printed = written(table(name="printed"), made, tmp_path, for_print=True)
+    assert written(several, made, tmp_path) == texts | {
+        f"{name}/{figure}" for name in "ab" for figure in figures
+    }
     pdfs = {figure.replace("png", "pdf") for figure in {"schedules.png", *figures}}
+    printed = written(table(), made, tmp_path, for_print=True)
     assert printed == texts | figures | {"table.tex"} | pdfs
 
 
