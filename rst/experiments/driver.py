@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from hydra import initialize_config_dir
+from hydra.core.utils import JobReturn
 from joblib import cpu_count
 
 from rst.experiments.command_line import one_line
@@ -41,8 +42,7 @@ def reproduce(
 ) -> dict[str, str]:
     """Run what the tables need and is not complete, then write them. Returns why runs failed, by command.
 
-    Interrupted runs go on from their last checkpoint. To be called in the repository's root, where `train.py`
-    is.
+    Interrupted runs go on from their last checkpoint.
 
     Args:
         names: files of `conf`/table.
@@ -75,7 +75,7 @@ def reproduce(
             raise PermissionError(f"cannot write to {folder} ({error.strerror}); choose --results") from error
         recorded = set(recorded_in(folder).runs["id"]) if reuse else set()
         todo = [cell for key, cell in cells.items() if key not in recorded and cell.run.result() is None]
-        print(f"{len(cells)} runs, {len(todo)} of them to do", flush=True)
+        print(f"{len(cells)} runs, {len(todo)} to do", flush=True)
         if todo and not only_collect:
             run_all(todo, len(cells), Launcher(launcher, with_outputs(settings, outputs)))
 
@@ -130,19 +130,31 @@ def run_all(cells: Sequence[Cell], total: int, launcher: Launcher) -> None:
             except Exception as error:
                 if not is_death(error):
                     raise
-                unfinished = [cell for cell in batch if not _has_ended(cell)]
-                if len(batch) == 1 and unfinished:
+                begun = _begun(batch, began)
+                if len(batch) == 1 and begun:
                     batch[0].run.fail(f"its process was killed ({type(error).__name__})")
-                elif unfinished:
-                    begun = [cell for cell in unfinished if cell.run.begun_since(began)] or unfinished[:1]
+                elif begun:
                     suspects |= {cell.run.id for cell in begun}
                     progress.tell("a process was killed: the runs that had begun go on one by one")
             else:
                 for cell, returned in zip(batch, jobs, strict=True):
-                    try:
-                        _ = returned.return_value
-                    except Exception as error:  # before the run could leave word of it
-                        cell.run.fail(one_line(error))
+                    _check_return(cell, returned)
+
+
+def _begun(batch: Sequence[Cell], began: float) -> list[Cell]:
+    """The runs of a batch, launched at `began`, that a killed process may have been at."""
+    unfinished = [cell for cell in batch if not _has_ended(cell)]
+    return [cell for cell in unfinished if cell.run.begun_since(began)] or unfinished[:1]
+
+
+def _check_return(cell: Cell, returned: JobReturn) -> None:
+    try:
+        was_busy = returned.return_value
+    except Exception as error:  # before the run could leave word of it
+        cell.run.fail(one_line(error))
+    else:
+        if not was_busy and not _has_ended(cell):
+            cell.run.fail("it left no result: were code or settings changed meanwhile?")
 
 
 def _has_ended(cell: Cell) -> bool:

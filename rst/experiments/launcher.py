@@ -42,9 +42,9 @@ class Launcher:
         return launcher.launch([list(overrides) for overrides in batch], initial_job_idx=0)
 
 
-def job(cfg: DictConfig) -> None:
+def job(cfg: DictConfig) -> bool:
     """One run, in a process of the launcher. A failure is left in the run's folder, for the driver to find at
-    once; a run that another process is at is left alone."""
+    once. Returns whether the run was left alone, as another process is working on it."""
     from rst.training.fit import train  # here, as its imports take seconds
 
     if multiprocessing.current_process().name != "MainProcess":
@@ -52,11 +52,13 @@ def job(cfg: DictConfig) -> None:
         tqdm.set_lock(threading.RLock())  # its own is reported as leaked when joblib kills its processes
     run = describe(cfg, HydraConfig.get())
     try:
-        train(run, in_sweep=True)
+        if run.result(warn=False) is None:  # it may have been completed since the batch was launched
+            train(run, in_sweep=True)
     except RunBusyError:
-        pass
+        return True
     except Exception as error:
         run.fail(one_line(explained(error, cfg)))
+    return False
 
 
 def is_death(error: Exception) -> bool:

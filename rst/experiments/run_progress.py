@@ -46,7 +46,7 @@ class RunProgress:
     ) -> None:
         self._over.set()
         self._thread.join()
-        self._look()
+        self.look()
         self.bar.close()
 
     def tell(self, text: str) -> None:
@@ -58,9 +58,10 @@ class RunProgress:
 
     def _watch(self) -> None:
         while not self._over.wait(POLL):
-            self._look()
+            self.look()
 
-    def _look(self) -> None:
+    def look(self) -> None:
+        """Report the runs that have ended since the last look."""
         for cell in list(self.running):
             run = cell.run
             if (result := run.result(warn=False)) is not None:

@@ -199,7 +199,8 @@ def gather(
                     runs[seed] = run.id
                     title = " / ".join(filter(None, [name, shown, f"{row.label}, seed {seed}"]))
                     cells.setdefault(run.id, replace(cell, table=name, title=title))
-                rows.append(Row(row.label, _train(["-m", *overrides]), runs, row.published, row.source))
+                anywhere = [text for text in overrides if not text.startswith("outputs=")]
+                rows.append(Row(row.label, _train(["-m", *anywhere]), runs, row.published, row.source))
             split = "validation" if run.config["dataset"].get("validation") else "test"
             columns.append(Column(shown, _setting(run, protocol), rows, split))
         metrics = None if spec.metrics is None else tuple(spec.metrics)

@@ -80,12 +80,13 @@ def test_seeds_are_copies_of_what_hydra_composes():
 
 
 def test_a_rows_command_makes_its_runs(conf, tmp_path, run_script):
-    short = ["epochs=1", "model.width=4", "dataset.train_size=64", f"outputs={tmp_path / 'out'}"]
+    outputs = f"outputs={tmp_path / 'out'}"
+    short = ["epochs=1", "model.width=4", "dataset.train_size=64", outputs]
     (table,), cells = gather(["t"], conf(seeds="0,1"), "quick", short)
     row = table.columns[0].rows[1]
     python, *command = shlex.split(row.command)
     assert python == "python"
-    run_script(*command)
+    run_script(*command, outputs)
     folders = {path.parent for path in tmp_path.glob("out/*/result.json")}
     assert folders == {cells[key].run.folder for key in row.runs.values()} and len(folders) == 2
 
