@@ -1,6 +1,7 @@
 """The committed results follow from their records, and the records from their commands."""
 
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,11 @@ def test_pages_link_to_what_is_there_and_the_first_to_every_table():
     text = (RESULTS / "README.md").read_text()
     for protocol, names in TABLES.items():
         assert all(f"({protocol}/{name}/README.md)" in text for name in names)
+
+
+def test_the_readme_has_the_table_that_the_records_give():
+    table = runpy.run_path(str(ROOT / "scripts" / "readme.py"))["table"]()
+    assert f"<!-- table -->\n{table}\n<!-- end -->" in (ROOT / "README.md").read_text()
 
 
 def test_the_propagation_count_is_the_coins(records):
