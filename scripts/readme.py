@@ -13,15 +13,15 @@ ROOT = Path(__file__).resolve().parent.parent
 ROWS = ("SGD", "SAM", "RST constant", "RST linear", "G-RST linear")
 
 
-def table() -> str:
+def table(results: Path) -> str:
     """Some rows of the table quick/overview, how to read them, and where they come from."""
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         (overview,), _ = gather(["overview"], ROOT / "conf", "quick", [])
-    summary = summarize(overview, overview.columns[0], recorded_in(ROOT / "results" / "quick").joined, {})
+    summary = summarize(overview, overview.columns[0], recorded_in(results / "quick").joined, {})
     lines = [line for line in pages.cells(summary, pages.USUAL) if line["Method"] in ROWS]
     source = " ".join(pages.provenance(summary.frame))
     return f"{pages.pipes(lines)}\n\n{pages.reading(summary)} {source}"
 
 
 if __name__ == "__main__":
-    pages.fill(ROOT / "README.md", "table", table())
+    pages.fill(ROOT / "README.md", "table", table(ROOT / "results"))

@@ -77,7 +77,10 @@ def steps_per_epoch(config: Mapping[str, Any]) -> int:
 
 def data_size(config: Mapping[str, Any]) -> DataSize:
     node = config["dataset"]
-    size = SIZES.get(node["_target_"]) or _folder_size(Path(node["root"]).expanduser(), node["train_size"])
+    size = SIZES.get(node["_target_"])
+    if size is None and "root" not in node:
+        raise ValueError(f"the size of {node['_target_']} is unknown: add it to SIZES in {__name__}")
+    size = size or _folder_size(Path(node["root"]).expanduser(), node["train_size"])
     n = size.train_images
     if node["validation"]:
         n -= n // 10
