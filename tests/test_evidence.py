@@ -26,7 +26,7 @@ TOLERANCE = 0.03  # of test accuracy on another machine: a few times its spread 
 
 @pytest.fixture(scope="session")
 def tree(tmp_path_factory):
-    """The committed files, as `make reproduce-tables` may have changed those here. Without git, those here."""
+    """The committed files, as `make reproduce-tables` changes those here; without git, those here."""
     archive = subprocess.run(["git", "-C", ROOT, "archive", "HEAD"], capture_output=True)
     if archive.returncode:
         return ROOT
