@@ -1,9 +1,9 @@
-"""Kill small runs with SIGKILL at random points, go on with each, and compare what it leaves with what an
-undisturbed run leaves, bit for bit (make crash-test).
+"""Kill small runs with SIGKILL at random points, resume them, and compare what they leave with what
+undisturbed runs leave, bit for bit (make crash-test).
 
-A run is train.py's command in a process forked from this one, which has done the imports: they take longest.
-It can be killed after each step and each batch of an evaluation, before each file in its folder is opened for
-writing, renamed or removed, and within each write, half of which is then on the disk.
+A run is train.py in a process forked from this one, which has done the imports: they take longest. It can be
+killed after each step and each batch of an evaluation, before each file in its folder is opened for writing,
+renamed or removed, and within each write, half of which is then on the disk.
 """
 
 import argparse
@@ -47,7 +47,7 @@ COMBINATIONS = {
     f"{method}-{optimizer}-{augment}": [f"method={method}", *OPTIMIZERS[optimizer], *AUGMENTATIONS[augment]]
     for method, optimizer, augment in product(METHODS, OPTIMIZERS, AUGMENTATIONS)
 }
-# What else has a state, random numbers or processes of its own.
+# Other features that have a state, random numbers or processes of their own.
 COMBINATIONS["fp16"] = ["method=grst", "precision=fp16", "grad_accumulation=2"]
 COMBINATIONS["shakeshake"] = ["method=rst", "model=wrn2x96_shakeshake"]
 COMBINATIONS["streamed"] = ["method=grst", "dataset=image_folder", "dataset.root=../images"]
@@ -58,7 +58,7 @@ DIFFERS_ANYWAY = re.compile(r"seconds.*|images_per_second|peak_memory_bytes|fini
 
 
 class Moments:
-    """The points at which a run can be killed, counted as it passes them; at number `last` it is."""
+    """Counts the points at which a run can be killed, and kills it at number `last`."""
 
     def __init__(self, folder: Path, last: int | None) -> None:
         self.outputs, self.last = f"{folder}/outputs", last
@@ -72,7 +72,7 @@ class Moments:
             os.kill(os.getpid(), signal.SIGKILL)
 
     def watch(self) -> None:
-        """Count what this process does from now on, to its end."""
+        """Count from now on, in the whole process."""
         open_file, run_training = io.open, Training.run
 
         def open_watched(path: Any, *arguments: Any, **options: Any) -> Any:
@@ -97,14 +97,14 @@ class Moments:
         Training.run = run_watched  # type: ignore[assignment,method-assign]
 
     def _hear(self, event: str, arguments: tuple[Any, ...]) -> None:
-        """Of an audit event, which comes before what it tells of is done."""
+        """An audit hook: Python calls it before the event happens."""
         changes = event in ("os.mkdir", "os.rename", "os.remove")
         to_write = event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
         if (changes or to_write) and (name := self._name(arguments[0])):
             self.reach(f"{event} {name}")
 
     def _name(self, path: Any) -> str | None:
-        """Of a file in the run's folder, without the number of the process; None for any other."""
+        """The name of a file in the run's folder, without the process's number; None for other files."""
         path = os.path.abspath(os.fsdecode(path)) if isinstance(path, str | bytes | os.PathLike) else ""
         return re.sub(r"\.\d+\.tmp$", ".tmp", Path(path).name) if path.startswith(self.outputs) else None
 
@@ -112,8 +112,8 @@ class Moments:
 def run(arguments: list[str], folder: Path, last: int | None = None) -> int:
     """`python train.py` with these arguments in `folder`, to its end or to moment `last`.
 
-    What it prints is appended to `folder`/log. At its end `folder`/report.json has the moments on its way and
-    the modules that it imported. Returns the exit code, or minus the signal that ended it.
+    Its output is appended to `folder`/log. At the end, `folder`/report.json lists the moments it passed and
+    the modules it imported. Returns the exit code, or minus the signal that ended it.
     """
     folder.mkdir(exist_ok=True)
     if pid := os.fork():
@@ -140,7 +140,7 @@ def run(arguments: list[str], folder: Path, last: int | None = None) -> int:
 
 
 def left_by(folder: Path) -> dict[str, Any]:
-    """What a run leaves, of which no interruption may change anything."""
+    """What a run leaves in its folder, none of which an interruption may change."""
     (folder,) = folder.glob("outputs/*")
     return {
         "checkpoint.pt": torch.load(folder / "checkpoint.pt", weights_only=True)["training"],
@@ -152,7 +152,7 @@ def left_by(folder: Path) -> dict[str, Any]:
 
 
 def difference(found: Any, expected: Any, path: str = "") -> str | None:
-    """Where two nested containers first differ, if only by a bit; None where they are equal."""
+    """Where two nested containers first differ, if only by a bit; None if they are equal."""
     if isinstance(found, list | tuple) and type(found) is type(expected):
         found, expected = dict(enumerate(found)), dict(enumerate(expected))
     if isinstance(found, dict) and isinstance(expected, dict):
@@ -169,23 +169,23 @@ def difference(found: Any, expected: Any, path: str = "") -> str | None:
 
 
 def draw_kills(moments: list[str], points: int, draws: random.Random) -> list[list[int]]:
-    """Where to kill a run, for each of the points: a quarter lie within the writing of a checkpoint, the
-    others elsewhere; at every fifth the run that goes on is killed too."""
+    """The moments at which to kill a run, for each of the points: a quarter of them are within the writing of
+    a checkpoint. At every fifth, the resumed run is killed too."""
     inside = [i for i, what in enumerate(moments, 1) if what == "write .checkpoint.pt.tmp"]
     elsewhere = sorted({*range(1, len(moments) + 1)} - {*inside})
     n_inside = math.ceil(points / 4)
     kills = [[i] for i in draws.sample(inside, n_inside) + draws.sample(elsewhere, points - n_inside)]
     for lasts in kills[::5]:
-        if left := len(moments) - lasts[0]:  # at least as many are before the run that goes on
+        if left := len(moments) - lasts[0]:  # the resumed run passes at least as many
             lasts.append(draws.randint(1, left))
     return kills
 
 
 def crash(arguments: list[str], seed: int, points: int, work: Path) -> str:
-    """Compare a run in `work`/whole with ones in `work`/killed. Returns what was done, in words.
+    """Compare a run in `work`/whole with killed ones in `work`/killed. Returns a summary in words.
 
     Raises:
-        ValueError: at the first run that goes wrong or leaves something else.
+        ValueError: a run goes wrong or leaves something else.
     """
     arguments = [*SMALL, *arguments, f"seed={seed}"]
     whole, killed = work / "whole", work / "killed"

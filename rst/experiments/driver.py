@@ -93,7 +93,7 @@ def reproduce(
         claims, {table.name: table for table in tables}, records, folder / "README.md"
     ):
         print(f"claims tested: {folder / 'README.md'}")
-    print(f"written to {folder}: {', '.join(table.name for table in tables)}, and runs.csv, curves.csv")
+    print(f"written to {folder}: {', '.join(table.name for table in tables)}, runs.csv and curves.csv")
     return {} if only_collect else {cells[key].run.command: reason for key, reason in failures.items()}
 
 
@@ -103,11 +103,11 @@ def _changes_runs(override: str) -> bool:
 
 
 def run_all(cells: Sequence[Cell], total: int, launcher: Launcher) -> None:
-    """Run the cells, longest first, and show the progress among `total` runs, the others being complete. Runs
-    that fail have a `Run.failure` afterwards. A run that another process is working on is waited for.
+    """Run the cells, longest first, and show the progress; `total` includes the runs that are complete. A run
+    that fails has a `Run.failure` afterwards. One that another process is working on is waited for.
 
-    A killed process takes its launcher's whole batch down. The runs that had begun then go on one by one, so
-    that only the one at fault fails, and the others as a batch again.
+    A killed process takes its launcher's whole batch down. The runs that had begun then resume one at a time,
+    so that only the one at fault fails, and the others as a batch again.
     """
     work = {cell.run.id: cost_of(cell.run.config).work for cell in cells}
     pending = sorted(cells, key=lambda cell: -work[cell.run.id])
@@ -125,7 +125,7 @@ def run_all(cells: Sequence[Cell], total: int, launcher: Launcher) -> None:
             try:
                 jobs = launcher.run([[*cell.overrides, *_group(cell)] for cell in batch])
             except KeyboardInterrupt:
-                progress.tell("interrupted: the same command goes on from the last checkpoints")
+                progress.tell("interrupted: repeat the command to resume")
                 raise
             except Exception as error:
                 if not is_death(error):
@@ -135,14 +135,14 @@ def run_all(cells: Sequence[Cell], total: int, launcher: Launcher) -> None:
                     batch[0].run.fail(f"its process was killed ({type(error).__name__})")
                 elif begun:
                     suspects |= {cell.run.id for cell in begun}
-                    progress.tell("a process was killed: the runs that had begun go on one by one")
+                    progress.tell("a process was killed: the runs that had begun resume one at a time")
             else:
                 for cell, returned in zip(batch, jobs, strict=True):
                     _check_return(cell, returned)
 
 
 def _begun(batch: Sequence[Cell], began: float) -> list[Cell]:
-    """The runs of a batch, launched at `began`, that a killed process may have been at."""
+    """The runs of a batch, launched at `began`, that a killed process may have been working on."""
     unfinished = [cell for cell in batch if not _has_ended(cell)]
     return [cell for cell in unfinished if cell.run.begun_since(began)] or unfinished[:1]
 
@@ -150,11 +150,11 @@ def _begun(batch: Sequence[Cell], began: float) -> list[Cell]:
 def _check_return(cell: Cell, returned: JobReturn) -> None:
     try:
         was_busy = returned.return_value
-    except Exception as error:  # before the run could leave word of it
+    except Exception as error:  # raised before the run could record its failure
         cell.run.fail(one_line(error))
     else:
         if not was_busy and not _has_ended(cell):
-            cell.run.fail("it left no result: were code or settings changed meanwhile?")
+            cell.run.fail("it left no result: have code or settings changed since the start?")
 
 
 def _has_ended(cell: Cell) -> bool:

@@ -207,7 +207,7 @@ def test_a_driver_that_ends_early_loses_and_repeats_nothing(reproduced, tmp_path
         os.killpg(driver.pid, signal.SIGINT)  # as a terminal does
         printed, errors = driver.communicate()
         assert (driver.returncode, errors) == (130, "")
-        assert printed.endswith("interrupted: the same command goes on from the last checkpoints\n")
+        assert printed.endswith("interrupted: repeat the command to resume\n")
     kept = finished_runs(tmp_path)
     done = in_a_process(tmp_path)
     assert done.returncode == 0, done.stderr
