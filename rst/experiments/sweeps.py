@@ -96,7 +96,10 @@ def read_table(conf: Path, name: str, protocol: str) -> tuple[TableSpec, dict[st
     ]
     columns: dict[str, list[str]] = {}
     for template, sweep in settings[spec.columns].items():
-        columns |= expand(template, sweep, where)
+        for column, overrides in expand(template, sweep, where):
+            if column in columns:
+                raise ValueError(f"{where}: two columns are called {column}")
+            columns[column] = overrides
     return replace(spec, rows=rows), columns
 
 

@@ -115,6 +115,11 @@ def test_rows_and_columns_sweep(conf):
     assert named == {"none": ["augment=none"], "cutout": ["augment=cutout"], "deep": ["model=resnet20"]}
 
 
+def test_columns_need_names_of_their_own(conf):
+    with pytest.raises(ValueError, match="two columns are called digits"):
+        read_table(conf({"one": {"digits": ["augment=none,cutout"]}}), "t", "quick")
+
+
 def test_seeds_are_those_given_else_the_tables_else_the_protocols(conf):
     def seeds(common, **keys):
         (table,), _ = gather(["t"], conf(**keys), "quick", common)
