@@ -10,6 +10,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,8 @@ def page(results: Results, settings: Settings, made_with: Mapping[str, Any], com
         "are better when smaller, those of images a second when larger. "
         f"{reached.count(True)} of {len(reached)} targets reached.",
         f"`{command}`, {datetime.now(UTC):%Y-%m-%d}, commit {made_with['commit']}{dirty}, Python "
-        f"{versions['python']}, PyTorch {versions['torch']}.",
+        f"{versions['python']}, PyTorch {versions['torch']}, torchvision {version('torchvision')}, "
+        f"pytorch_optimizer {version('pytorch-optimizer')}.",
     ]
     for name, section in results.items():
         parts += [f"## {name}", " ".join((SECTIONS[name].__doc__ or "").split()), table(section)]
