@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from rst.files import write_atomically, write_text
-from rst.reporting import figures, pages
+from rst.reporting import pages
 from rst.reporting.records import SHARPNESS, Records
 from rst.reporting.statistics import Summary, estimate, on_one_machine, paired_difference, values
 from rst.schedule import Schedule
@@ -99,6 +99,8 @@ def write_table(
         schedules: of each row's label, drawn for `total_steps` steps with the coin of `seed`.
         for_print: also write the figures as PDF and the table as LaTeX.
     """
+    from rst.reporting import figures  # here, as matplotlib takes a second, and a plan draws nothing
+
     folder = folder / table.name
     folder.mkdir(parents=True, exist_ok=True)
     summaries = [summarize(table, column, records.joined, failures) for column in table.columns]
