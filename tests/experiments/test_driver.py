@@ -17,6 +17,8 @@ from PIL import Image
 from rst.experiments.driver import reproduce
 
 # Four rows (SGD, SAM, RST and G-RST), one seed: long enough to be interrupted, short enough for a test.
+pytestmark = pytest.mark.slow  # the docs' commands, in tests/test_docs.py, run a driver too
+
 TABLE = ["--table", "imagenet"]
 SHORT = ["epochs=2", "model.width=4", "seed=0"]
 
@@ -145,7 +147,6 @@ def test_tables_are_where_the_whole_ones_are_only_if_they_are_whole(tmp_path, mo
     assert not [*tmp_path.glob("outputs/digits*")]
 
 
-@pytest.mark.slow
 def test_failed_runs_leave_the_others_alone_and_are_named(again, run_script, capsys):
     """One that raises, one whose loss is not finite, one whose process is killed; and one that is well."""
     for method in ("sgd", "sam", "rst", "grst"):
@@ -193,7 +194,6 @@ def start(folder):
     return subprocess.Popen(arguments, cwd=ROOT, env=environment, start_new_session=True, **pipes)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("how", ["killed", "Ctrl-C"])
 def test_a_driver_that_ends_early_loses_and_repeats_nothing(reproduced, tmp_path, how):
     driver = start(tmp_path)
@@ -207,7 +207,7 @@ def test_a_driver_that_ends_early_loses_and_repeats_nothing(reproduced, tmp_path
         os.killpg(driver.pid, signal.SIGINT)  # as a terminal does
         printed, errors = driver.communicate()
         assert (driver.returncode, errors) == (130, "")
-        assert printed.endswith("interrupted: repeat the command to resume\n")
+        assert "interrupted: repeat the command to resume\n" in printed
     kept = finished_runs(tmp_path)
     done = in_a_process(tmp_path)
     assert done.returncode == 0, done.stderr
@@ -215,7 +215,6 @@ def test_a_driver_that_ends_early_loses_and_repeats_nothing(reproduced, tmp_path
     pd.testing.assert_series_equal(losses(tmp_path), losses(reproduced[0]))
 
 
-@pytest.mark.slow
 def test_two_drivers_at_once_share_the_runs(reproduced, tmp_path):
     drivers = [start(tmp_path) for _ in range(2)]
     outcomes = [driver.communicate(timeout=300) for driver in drivers]
@@ -225,7 +224,6 @@ def test_two_drivers_at_once_share_the_runs(reproduced, tmp_path):
     pd.testing.assert_series_equal(losses(tmp_path), losses(reproduced[0]))
 
 
-@pytest.mark.slow
 def test_streamed_images_under_joblib(tmp_path):
     """Its processes start the loader's."""
     for split, n in (("train", 4), ("test", 2)):
@@ -241,7 +239,6 @@ def test_streamed_images_under_joblib(tmp_path):
     assert len(finished_runs(tmp_path)) == 4
 
 
-@pytest.mark.slow
 def test_submitit_and_its_settings(again, run_script, capsys):
     """Its local executor, as its Slurm one runs them on a cluster."""
     before = losses(again)
@@ -251,7 +248,6 @@ def test_submitit_and_its_settings(again, run_script, capsys):
     pd.testing.assert_series_equal(losses(again), before)
 
 
-@pytest.mark.slow
 def test_a_tracked_tables_runs_are_a_group_and_the_table_is_logged(tmp_path, run_script):
     tracker = ["tracker=wandb", "tracker.mode=offline"]
     run_script(*script(tmp_path, "--launcher", "basic"), *tracker, *SHORT)

@@ -39,6 +39,7 @@ def conf(tmp_path):
     return write
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("protocol", "seeds"), [("quick", 10), ("cpu", 8)])
 def test_every_table_under_the_small_protocols(protocol, seeds):
     tables, cells = gather(options(CONF, "table"), CONF, protocol, [])
