@@ -47,6 +47,17 @@ def test_loss_is_the_clean_pass_s():
     assert seen[0].item() == expected != seen[1].item()
 
 
+def test_closures_have_gradients_enabled():
+    """Whatever they are called in, as `torch.optim` does."""
+    model, other = network(), network()
+    for m, mode in (model, torch.no_grad), (other, torch.enable_grad):
+        optimizer = RST(sgd(m.parameters()), Constant(1.0), 1, module=m)
+        torch.manual_seed(5)
+        with mode():
+            optimizer.step(lambda m=m: loss_of(m, 0))
+    assert_same_bits(state(model), state(other))
+
+
 def test_stepping_past_the_end():
     model = network()
     optimizer = RST(sgd(model.parameters()), Constant(0.5), 17, module=model)

@@ -149,7 +149,10 @@ def test_autocast_around_the_whole_step():
         optimizer = RST(sgd(model.parameters()), Constant(1.0), 10, rho=5.0, module=model)
         with torch.autocast("cpu", torch.bfloat16) if place == "around" else nullcontext():
             optimizer.gradient(closure)
+            optimizer.zero_grad()
+            closure()  # at θ again
         losses[place] = seen
     assert losses["around"] == losses["inside"]
-    clean, perturbed = losses["around"]
+    clean, perturbed, again = losses["around"]
+    assert again == clean
     assert perturbed > clean + 1  # so it was a SAM step
