@@ -30,9 +30,10 @@ class Joint(Optimizer):
 
     @property
     def base(self) -> Optimizer:
-        """The base optimizer, where there is one."""
-        (base,) = self.bases
-        return base
+        """The base optimizer, where there is one; else raises AttributeError."""
+        if len(self.bases) > 1:
+            raise AttributeError("there are several base optimizers: choose from .bases")
+        return self.bases[0]
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:

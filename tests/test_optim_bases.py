@@ -185,6 +185,12 @@ def test_several_bases_are_one_optimizer():
     del optimizer.state[bias]
     assert bias not in second.state and bias not in optimizer.state
 
+    group = {"params": [nn.Parameter(torch.zeros(1, dtype=torch.float64))]}
+    with pytest.raises(AttributeError, match=r"\.bases"):
+        optimizer.add_param_group(group)
+    second.add_param_group(group)
+    assert optimizer.param_groups[-1] is second.param_groups[-1]
+
 
 @pytest.mark.parametrize("zeroed", [0, 1])
 @pytest.mark.parametrize("gamma", [1.0, 2.0])
