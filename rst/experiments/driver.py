@@ -18,7 +18,7 @@ from rst.experiments.sweeps import OUTPUTS, Cell, gather, with_outputs
 from rst.reporting.claims import write_claims
 from rst.reporting.records import Finished, Records, collect, recorded_in
 from rst.reporting.tables import Table, write_table
-from rst.training.identity import NOT_IDENTITY
+from rst.training.identity import can_change_results
 from rst.training.parts import schedule_of
 from rst.training.tracking import log_table
 
@@ -60,7 +60,11 @@ def reproduce(
     """
     settings = [text for text in overrides if text.startswith("hydra")]
     common = [text for text in overrides if text not in settings]
-    elsewhere = outputs / "results" if any(map(_changes_runs, common)) else Path("results")
+    elsewhere = (
+        outputs / "results"
+        if any(can_change_results(text.partition("=")[0]) for text in common)
+        else Path("results")
+    )
     folder = (results or elsewhere) / protocol
     jobs = jobs or cpu_count()
     if launcher == "joblib":
@@ -95,11 +99,6 @@ def reproduce(
         print(f"claims tested: {folder / 'README.md'}")
     print(f"written to {folder}: {', '.join(table.name for table in tables)}, runs.csv and curves.csv")
     return {} if only_collect else {cells[key].run.command: reason for key, reason in failures.items()}
-
-
-def _changes_runs(override: str) -> bool:
-    key = override.partition("=")[0]
-    return not any(f"{key}.".startswith(f"{name}.") for name in NOT_IDENTITY)
 
 
 def run_all(cells: Sequence[Cell], total: int, launcher: Launcher) -> None:

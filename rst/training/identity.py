@@ -51,10 +51,13 @@ def _flat(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
             yield path, _canonical(value)
 
 
+def can_change_results(path: str) -> bool:
+    """Whether the setting at a dotted path, such as "dataset.root", can change a result."""
+    return not any(f"{path}.".startswith(f"{name}.") for name in NOT_IDENTITY)
+
+
 def _is_left_out(path: str, value: Any) -> bool:
-    if any(f"{path}.".startswith(f"{name}.") for name in NOT_IDENTITY):
-        return True
-    return path in NEUTRAL and value == NEUTRAL[path]
+    return not can_change_results(path) or (path in NEUTRAL and value == NEUTRAL[path])
 
 
 def _without_module(target: str) -> str:
