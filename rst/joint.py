@@ -161,7 +161,9 @@ def _check(bases: list[Any]) -> None:
         if not isinstance(base, Optimizer):
             raise TypeError(f"base must be a torch.optim.Optimizer, or a list of them, got {base!r}")
         if any(isinstance(value, Optimizer) for value in vars(base).values()) or isinstance(base, Joint):
-            raise TypeError(f"{name} wraps an optimizer: give RST the inner one")
+            raise TypeError(
+                f"{name} wraps an optimizer: give RST the inner one (Lookahead and the like go around RST)"
+            )
         closure = inspect.signature(base.step).parameters.get("closure")
         if closure is not None and closure.default is closure.empty:
             raise TypeError(

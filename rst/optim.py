@@ -4,7 +4,7 @@ import math
 import re
 import warnings
 import weakref
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, MutableMapping, Sequence
 from contextlib import closing, nullcontext
 from numbers import Integral, Real
 from typing import Any, Literal
@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from rst.joint import Joint
 from rst.passes import (
@@ -23,6 +24,7 @@ from rst.passes import (
     random_state,
     set_random_state,
     true_gradient,
+    versions_of,
 )
 from rst.perturbation import Perturbation, divide, local, total_norm
 from rst.schedule import Constant, Schedule, expected_propagations, uniform
@@ -129,6 +131,8 @@ class RST(Joint):
         self.has_gradient = False
         self._perturbation = Perturbation()
         self._loop: weakref.ref[Any] | None = None
+        # Gradients that `step` has used, with their counts of changes then.
+        self._spent: MutableMapping[Tensor, tuple[int, int]] = {}
 
     def passes(self) -> Generator[Pass, None, None]:
         """The passes of this step, for a loop whose body computes the loss and calls `backward()`.
@@ -168,14 +172,14 @@ class RST(Joint):
         return loss
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """The base optimizer's step along `.grad`, which it then sets to None. With a closure,
+        """The base optimizer's step along `.grad`, which the next `passes` clears. With a closure,
         `gradient(closure)` first, whose loss it returns.
 
         Raises:
             RuntimeError: without a closure and without a loop over `passes()` since the last step.
         """
         loss = None if closure is None else self.gradient(closure)
-        grads = self._gradients()
+        grads = self._unspent_gradients()
         if not grads:
             raise RuntimeError("step() has no gradient: loop over passes() before it, or call step(closure)")
         # Zero gradients are how torch.distributed.checkpoint has an optimizer set up its state.
@@ -186,7 +190,9 @@ class RST(Joint):
             )
         for base in self.bases:
             base.step()
-        self.zero_grad()
+        # They are left where they are, as wrappers such as Lookahead look at them after the step.
+        self._spent = WeakTensorKeyDictionary((grad, versions_of(grad)) for grad in self._gradients())
+        self.has_gradient = False
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -263,8 +269,8 @@ class RST(Joint):
         return uniform(self.seed, self.steps) < p
 
     def _refuse_to_drop_gradients(self) -> None:
-        """After a step there are none. These checks wait for the device, so only where there are some."""
-        grads = self._gradients()
+        """After a step all are spent. These checks wait for the device, so only where some are not."""
+        grads = self._unspent_gradients()
         if not grads:
             return
         norm = total_norm(grads)  # on every rank the same
@@ -302,6 +308,10 @@ class RST(Joint):
     def _gradients(self) -> list[Tensor]:
         return [p.grad for p in self._parameters() if p.grad is not None]
 
+    def _unspent_gradients(self) -> list[Tensor]:
+        """Those that no step has used, or that were added to since."""
+        return [grad for grad in self._gradients() if self._spent.get(grad) != versions_of(grad)]
+
     def _parameters_of_others(self) -> list[Tensor]:
         """The module's that are in no base, for some optimizer that RST does not know."""
         if self.module is None:
@@ -310,7 +320,7 @@ class RST(Joint):
         return [p for p in self.module.parameters() if p.requires_grad and id(p) not in own]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_loop": None, "_perturbation": Perturbation()}
+        return {**self.__dict__, "_loop": None, "_perturbation": Perturbation(), "_spent": {}}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         if hasattr(self, "rho"):

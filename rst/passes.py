@@ -83,7 +83,7 @@ def accumulating(parameters: list[Tensor], is_local: bool) -> Iterator[None]:
     if not parameters:
         yield
         return
-    held = {p: (p.grad, _versions(p.grad)) for p in parameters}
+    held = {p: (p.grad, versions_of(p.grad)) for p in parameters}
     zeroed: set[Tensor] | None = None
 
     def look(_: object = None) -> None:
@@ -96,14 +96,14 @@ def accumulating(parameters: list[Tensor], is_local: bool) -> Iterator[None]:
         yield
     finally:
         handle.remove()
-    if zeroed is None and all(p.grad is g and _versions(g) == v for p, (g, v) in held.items()):
+    if zeroed is None and all(p.grad is g and versions_of(g) == v for p, (g, v) in held.items()):
         raise RuntimeError(
             "the second pass left no gradients: it must call backward() on the loss, as the first did"
         )
     look()  # now, where no hook was called: with fully_shard, gradients do not arrive at the parameters
     for p in zeroed or ():
         grad, versions = held[p]
-        if is_local or p.grad is grad or _versions(grad) != versions:
+        if is_local or p.grad is grad or versions_of(grad) != versions:
             raise RuntimeError(
                 "the second pass adds to the gradients of the first, as gamma is not 1, but they were zeroed "
                 "in place (set_to_none=False) or under DistributedDataParallel: remove zero_grad() from the "
@@ -120,7 +120,7 @@ def _is_zeroed(p: Tensor, grad: Tensor | None, version: int) -> bool:
     return p.grad is None or is_sharded(p)  # DistributedDataParallel moves gradients into a bucket
 
 
-def _versions(tensor: Tensor | None) -> tuple[int, int]:
+def versions_of(tensor: Tensor | None) -> tuple[int, int]:
     """Count the changes in place, of a DTensor those of itself and of its local tensor."""
     return tensor._version, local(tensor)._version  # type: ignore[arg-type, union-attr]
 

@@ -19,7 +19,7 @@ from reference import (
 )
 from torch import nn
 
-from rst import RST, Constant, Linear
+from rst import RST, Constant, Linear, uniform
 
 GAMMAS = pytest.mark.parametrize("gamma", [0.5, 1.0, 2.0])
 
@@ -65,6 +65,32 @@ def test_refused_at_construction(case):
     make, error, words = REFUSED[case]
     with pytest.raises(error, match=words):
         make()
+
+
+def test_lookahead_goes_around():
+    """It averages the weights of which it finds a gradient after the step. Against the twin in the same."""
+    model, twin = network(), network()
+    optimizer = RST(sgd(model.parameters()), 0.5, 20, module=model)
+    around, around_twin = (
+        timm.optim.Lookahead(optimizer, k=3),
+        timm.optim.Lookahead(sgd(twin.parameters()), k=3),
+    )
+    params = list(twin.parameters())
+    torch.manual_seed(5)
+    for t in range(10):
+        for _ in optimizer.passes():
+            loss_of(model, t)
+        around.step()
+    for t in range(10, 20):
+        around.step(lambda t=t: loss_of(model, t))
+    torch.manual_seed(5)
+    for t in range(20):
+        sam = uniform(0, t) < 0.5
+        reference.gradient(twin, params, lambda t=t: loss_of(twin, t), sam=sam, rho=[0.1] * len(params))
+        around_twin.step()
+    assert all("lookahead_slow_buff" in optimizer.state[p] for p in model.parameters())
+    assert 0 < optimizer.sam_steps < 20
+    assert_close(state(model), state(twin))
 
 
 def test_sparse_gradients_are_refused_at_the_first_step():

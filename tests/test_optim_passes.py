@@ -78,15 +78,38 @@ def test_accumulation_over_micro_batches(adaptive, gamma):
     assert_close(state(parts), state(whole))
 
 
-def test_step_consumes_the_gradients():
+def test_a_gradient_is_used_once():
+    """It stays for those who look at it after the step, and the next loop begins without it."""
     model = network()
     optimizer = rst(model)
-    optimizer.step(lambda: loss_of(model, 0))
+    for t in range(2):
+        optimizer.step(lambda t=t: loss_of(model, t))
+        assert all(p.grad is not None for p in model.parameters())
+        before = state(model)
+        with pytest.raises(RuntimeError, match="no gradient"):
+            optimizer.step()
+        assert_same_bits(state(model), before)
+    next(optimizer.passes())
     assert all(p.grad is None for p in model.parameters())
-    before = state(model)
-    with pytest.raises(RuntimeError, match="no gradient"):
-        optimizer.step()
-    assert_same_bits(state(model), before)
+
+
+@pytest.mark.parametrize("zero", [False, True], ids=["added", "anew"])
+def test_gradients_of_a_backward_after_a_step_are_refused(zero):
+    """Whether they were added to those that the step has used, or are new ones."""
+    model = network(plain=True)
+    optimizer = rst(model)
+    optimizer.step(lambda: loss_of(model, 0))
+    if zero:
+        model.zero_grad()
+    model[0].weight.sum().backward()
+    grad = model[0].weight.grad.clone()
+    for attempt in (lambda: next(optimizer.passes()), optimizer.step):
+        with pytest.raises(RuntimeError, match=r"backward\(\).*passes\(\)"):
+            attempt()
+    assert torch.equal(model[0].weight.grad, grad)
+    assert optimizer.steps == 1
+    optimizer.zero_grad()
+    optimizer.step(lambda: loss_of(model, 1))
 
 
 def run(optimizer, body):
