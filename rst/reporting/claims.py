@@ -107,23 +107,23 @@ def evaluate(claim: Claim, column: Column, records: pd.DataFrame) -> Outcome:
     ours, theirs = _sides(claim, column)
 
     def mean(rows: Sequence[Row]) -> pd.Series:
-        found = pd.concat([values(claim.metric, row.runs, records) for row in rows], axis=1, join="inner")
-        return found.map(np.log).mean(axis=1) if claim.over else found.mean(axis=1)
+        measured = pd.concat([values(claim.metric, row.runs, records) for row in rows], axis=1, join="inner")
+        return measured.map(np.log).mean(axis=1) if claim.over else measured.mean(axis=1)
 
     gaps = paired_difference(mean(ours), mean(theirs))
-    found = estimate(gaps)
+    gap = estimate(gaps)
     seeds = set.intersection(*(set(row.runs) for row in [*ours, *theirs]))
     runs = records[records["id"].isin({run for row in [*ours, *theirs] for run in row.runs.values()})]
-    if found.n < len(seeds):
-        return Outcome(claim, found, untested="partial" if found.n else "not run")
+    if gap.n < len(seeds):
+        return Outcome(claim, gap, untested="partial" if gap.n else "not run")
     if claim.metric.startswith("seconds") and not on_one_machine(runs):
-        return Outcome(claim, found, untested="not comparable: several machines")
-    if found.n < MIN_SEEDS or np.isnan(found.low):
-        return Outcome(claim, found)
+        return Outcome(claim, gap, untested="not comparable: several machines")
+    if gap.n < MIN_SEEDS or np.isnan(gap.low):
+        return Outcome(claim, gap)
     low, high = claim.bounds
-    nearest = min(low, high, key=lambda bound: abs(found.mean - bound))
+    nearest = min(low, high, key=lambda bound: abs(gap.mean - bound))
     p = float(stats.ttest_1samp(gaps, nearest).pvalue)
-    return Outcome(claim, found, low < found.mean < high, p)
+    return Outcome(claim, gap, low < gap.mean < high, p)
 
 
 def tables_of_claims(
@@ -133,17 +133,17 @@ def tables_of_claims(
     Holm's method within the family, and the verdicts that follow at the 5 % level."""
     joined, parts = records.joined, []
     for title, claims in families.items():
-        found = [evaluate(claim, _column(claim, tables), joined) for claim in claims]
-        adjusted = holm(one.p for one in found)
+        outcomes = [evaluate(claim, _column(claim, tables), joined) for claim in claims]
+        adjusted = holm(outcome.p for outcome in outcomes)
         lines = [
             {
-                "Claim": one.claim.claim,
-                "Estimate [95 % interval]": _estimate(one),
-                "n": str(one.estimate.n),
+                "Claim": outcome.claim.claim,
+                "Estimate [95 % interval]": _estimate(outcome),
+                "n": str(outcome.estimate.n),
                 "p, adjusted": "< 0.001" if p < 0.001 else f"{p:.3f}",
-                "Verdict": one.verdict(p),
+                "Verdict": outcome.verdict(p),
             }
-            for one, p in zip(found, adjusted, strict=True)
+            for outcome, p in zip(outcomes, adjusted, strict=True)
         ]
         parts.append(f"**{title}**\n\n{pipes(lines)}")
     return "\n\n".join(parts)
@@ -183,11 +183,11 @@ def _listed(labels: str | Sequence[str]) -> list[str]:
     return [labels] if isinstance(labels, str) else list(labels)
 
 
-def _estimate(one: Outcome) -> str:
-    mean, low, high = (getattr(one.estimate, name) for name in ("mean", "low", "high"))
-    if one.claim.over:
+def _estimate(outcome: Outcome) -> str:
+    mean, low, high = (getattr(outcome.estimate, name) for name in ("mean", "low", "high"))
+    if outcome.claim.over:
         text = f"× {np.exp(mean):.2f} [{np.exp(low):.2f}, {np.exp(high):.2f}]"
     else:
-        digits, unit = (2, " points") if one.claim.metric == "test_error" else (3, "")
+        digits, unit = (2, " points") if outcome.claim.metric == "test_error" else (3, "")
         text = f"{mean:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]{unit}".replace("-", "−")
-    return text if one.estimate.n > 1 else "–"
+    return text if outcome.estimate.n > 1 else "–"

@@ -58,9 +58,9 @@ def values(metric: str, runs: Mapping[int, str], records: pd.DataFrame) -> pd.Se
     Args:
         metric: of `DERIVED`, or a column of the records.
     """
-    found = records[records["id"].isin(list(runs.values()))].set_index("id")
+    asked = records[records["id"].isin(list(runs.values()))].set_index("id")
     try:
-        of_id = DERIVED[metric](found) if metric in DERIVED else found[metric]
+        of_id = DERIVED[metric](asked) if metric in DERIVED else asked[metric]
     except KeyError:  # a column that these records are older than
         return pd.Series(dtype=float)
     seeds = {run: seed for seed, run in runs.items()}

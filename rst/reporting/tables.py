@@ -108,7 +108,8 @@ def write_table(
     for summary in summaries:
         place = pages.place(summary, summaries)
         (folder / place).mkdir(exist_ok=True)
-        drawn |= {f"{place}{name}": one for name, one in figures.of_column(summary, records.curves).items()}
+        of_column = figures.of_column(summary, records.curves)
+        drawn |= {f"{place}{name}": figure for name, figure in of_column.items()}
     texts = {"README.md": pages.page(summaries, drawn), "table.csv": to_csv(summaries)}
     if for_print:
         texts["table.tex"] = pages.to_latex(summaries)
