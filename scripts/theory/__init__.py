@@ -1,0 +1,1 @@
+"""`make theory`: the predictions of docs/theory.md against runs of the real optimizer."""

@@ -1,0 +1,128 @@
+"""The strength law: the stationary gradient of ½θ² under skewed noise is −pγρ/3 (docs/theory.md)."""
+
+import math
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .chains import Chains
+
+
+@dataclass(frozen=True)
+class Noise:
+    """ξ takes `values`, the first with `probability`; its mean is 0."""
+
+    values: tuple[float, float]
+    probability: float
+
+    def mean(self, f: Any) -> float:
+        """E f(ξ)."""
+        return self.probability * f(self.values[0]) + (1 - self.probability) * f(self.values[1])
+
+
+NOISES = {"skewed": Noise((2.0, -1.0), 1 / 3), "symmetric": Noise((math.sqrt(2), -math.sqrt(2)), 0.5)}
+
+
+@dataclass(frozen=True)
+class Setting:
+    p: float
+    gamma: float
+    rho: float
+    noise: str = "skewed"
+
+    @property
+    def strength(self) -> float:
+        return self.p * self.gamma * self.rho
+
+
+SETTINGS = [
+    Setting(1.0, 1.0, 0.05),
+    Setting(1.0, 1.0, 0.1),
+    Setting(1.0, 1.0, 0.2),
+    Setting(1.0, 1.0, 0.4),
+    Setting(0.75, 4 / 3, 0.3),
+    Setting(0.5, 1.0, 0.2),
+    Setting(0.5, 1.0, 0.4),
+    Setting(0.5, 2.0, 0.1),
+    Setting(0.5, 2.0, 0.2),
+    Setting(0.5, 3.0, 0.2),
+    Setting(0.25, 1.0, 0.4),
+    Setting(0.25, 4.0, 0.1),
+    Setting(0.25, 4.0, 0.2),
+    Setting(1.0, 1.0, 0.2, "symmetric"),
+    Setting(0.5, 2.0, 0.2, "symmetric"),
+    Setting(0.25, 4.0, 0.4, "symmetric"),
+]
+ALPHA = 0.005
+CHAINS = 16
+STEPS = 4000
+BURN_IN = 5.0  # in units of 1/α: what is left of the start is e⁻⁵
+
+
+def closed_form(setting: Setting, alpha: float) -> tuple[float, float]:
+    """E∇f and E‖∇f‖² at stationarity, exact while |θ| < |ξ|."""
+    noise, strength = NOISES[setting.noise], setting.strength
+    bias = strength * noise.mean(lambda xi: math.copysign(1.0, xi))  # −m
+    variance = noise.mean(lambda xi: xi * xi) + 2 * strength * noise.mean(abs)
+    variance += strength * setting.gamma * setting.rho - bias**2
+    return bias, bias**2 + alpha * variance / (2 - alpha)
+
+
+def bound(setting: Setting, alpha: float) -> float:
+    """Of the mean of ‖∇f‖² over a long run: docs/theory.md's without Δ, for L = 1 and σ² = Eξ²."""
+    sigma2 = NOISES[setting.noise].mean(lambda xi: xi * xi)
+    gamma_rho2 = (setting.gamma * setting.rho) ** 2
+    return 4 * alpha * sigma2 + 2 * gamma_rho2 * setting.p**2 + 4 * alpha * gamma_rho2 * setting.p
+
+
+def measure(
+    setting: Setting, first: int = 0, alpha: float = ALPHA, chains: int = CHAINS, steps: int = STEPS
+) -> dict[str, Any]:
+    """Mean and mean square of the gradient over `chains` runs of `steps` steps, with their standard errors
+    over the runs, beside the closed form. Their seeds begin with `first`.
+
+    Beside each run goes one of SGD's with the same ξ, whose mean is known to be 0 and its mean square
+    αEξ²/(2 − α). With d their difference, E θ = E d and E θ² = E θ_SGD² + 2 E θ_SGD(d − E d) + E d²: most of
+    the noise is in what is known.
+    """
+    noise = NOISES[setting.noise]
+    values = torch.tensor(noise.values, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(first)
+    first = torch.rand((steps, chains), generator=generator, dtype=torch.float64) < noise.probability
+    xi = torch.where(first, values[0], values[1])
+    start = torch.zeros(1, dtype=torch.float64)
+    both = [
+        Chains(start, range(first, first + chains), p, steps, lr=alpha, rho=setting.rho, gamma=setting.gamma)
+        for p in (setting.p, 0.0)
+    ]
+    gradients = []
+    for t in range(steps):
+        for each in both:
+            each.step(partial(_losses, xi=xi[t]))
+        if t >= BURN_IN / alpha:
+            gradients.append(torch.stack([each.theta[:, 0] for each in both]))
+    theta, plain = torch.stack(gradients).unbind(1)
+    assert (theta.abs() < values.abs().min()).all(), "beyond where the closed form holds"
+    apart = theta - plain
+    of_plain = alpha * noise.mean(lambda x: x * x) / (2 - alpha)
+    means = apart.mean(0)
+    squares = of_plain + (2 * plain * (apart - apart.mean()) + apart.square()).mean(0)
+    bias, square = closed_form(setting, alpha)
+    return asdict(setting) | {
+        "strength": setting.strength,
+        "bias_predicted": bias,
+        "bias": means.mean().item(),
+        "bias_se": means.std().item() / math.sqrt(chains),
+        "square_predicted": square,
+        "square": squares.mean().item(),
+        "square_se": squares.std().item() / math.sqrt(chains),
+        "bound": bound(setting, alpha),
+    }
+
+
+def _losses(theta: Tensor, runs: list[int], xi: Tensor) -> Tensor:
+    """Of gradient θ − ξ, with each run's ξ."""
+    return 0.5 * (theta[:, 0] - xi[runs]).square()
