@@ -1,24 +1,15 @@
 """The predictions of docs/theory.md at reduced size, and the committed results of `make theory`."""
 
-import re
 import sys
-from functools import partial
 
 import pytest
 import torch
 from conftest import ROOT
-from scipy import stats
 
 from rst import RST, Linear
 
 sys.path.insert(0, str(ROOT))
-from scripts.theory import page, rate, strength
 from scripts.theory.chains import Chains
-from scripts.theory.images import image_runs
-from scripts.theory.rate import Runs, Seen, problem
-from scripts.theory.strength import Setting
-
-FALSE_ALARM = 1e-4  # of a test that compares with a closed form
 
 
 @pytest.mark.parametrize("gamma", [1.0, 2.0])

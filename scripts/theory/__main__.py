@@ -46,7 +46,7 @@ def experiments() -> tuple[dict[Any, Task], Callable[[Mapping[Any, Any]], dict[s
     of_strength = {
         ("strength", setting): (
             partial(strength.measure, setting, first=i * strength.CHAINS),
-            2 * strength.CHAINS * strength.STEPS,
+            strength.CHAINS * strength.STEPS,
         )
         for i, setting in enumerate(strength.SETTINGS)
     }

@@ -73,7 +73,7 @@ def _slopes(rates: pd.DataFrame) -> str:
                 value, error = slope(rows, name)
                 last = rows.iloc[-1]
                 line[f"slope, {heading}"] = _seen(value, error, 3)
-                line[f"‖∇f‖² at T = 2¹⁶, {heading}"] = (
+                line[f"‖∇f‖² at T = 2¹⁴, {heading}"] = (
                     f"{1000 * last[name]:.2f} ± {1000 * last[f'{name}_se']:.2f}"
                 )
             lines.append(line)
