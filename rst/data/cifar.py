@@ -15,7 +15,7 @@ import torch
 from filelock import FileLock
 from torchvision import datasets
 
-from rst.data.images import ImageData, restrict
+from rst.data.images import ImageData, restrict, with_noise
 
 log = logging.getLogger(__name__)
 
@@ -23,12 +23,21 @@ TIMEOUT = 20.0  # seconds a server may be silent
 
 
 def cifar10(
-    root: str, train_size: int | None = None, validation: bool = False, seed: int = 0, download: bool = True
+    root: str,
+    train_size: int | None = None,
+    validation: bool = False,
+    seed: int = 0,
+    download: bool = True,
+    fold: int | None = None,
+    folds: int | None = None,
+    label_noise: float | None = None,
 ) -> ImageData:
     """CIFAR-10, 50 000 + 10 000 images [3, 32, 32], from `root`/cifar-10-batches-py.
 
     `validation` trains on the first 45 000 and evaluates on the last 5 000; `train_size` then takes a
-    stratified part of the training images, drawn by `seed`. `download`: fetch what is absent.
+    stratified part of the training images, drawn by `seed`. `fold` of `folds` takes one of so many disjoint,
+    stratified parts of the training set before (`rst.data.images.part_of`); `label_noise` is the fraction of
+    the training labels replaced by random ones. `download`: fetch what is absent.
 
     Raises FileNotFoundError when it is absent and not to be had, ValueError when its checksums differ.
     """
@@ -39,11 +48,19 @@ def cifar10(
         mean=(0.49139968, 0.48215841, 0.44653091),
         std=(0.24703223, 0.24348513, 0.26158784),
     )
-    return restrict(data, train_size, validation, seed, random_order=True)
+    data = restrict(data, train_size, validation, seed, True, fold, folds)
+    return with_noise(data, label_noise, seed, fold)
 
 
 def cifar100(
-    root: str, train_size: int | None = None, validation: bool = False, seed: int = 0, download: bool = True
+    root: str,
+    train_size: int | None = None,
+    validation: bool = False,
+    seed: int = 0,
+    download: bool = True,
+    fold: int | None = None,
+    folds: int | None = None,
+    label_noise: float | None = None,
 ) -> ImageData:
     """CIFAR-100 with its 100 fine classes, from `root`/cifar-100-python; otherwise as `cifar10`."""
     data = _read(
@@ -53,7 +70,8 @@ def cifar100(
         mean=(0.50707516, 0.48654887, 0.44091784),
         std=(0.26733429, 0.25643846, 0.27615047),
     )
-    return restrict(data, train_size, validation, seed, random_order=True)
+    data = restrict(data, train_size, validation, seed, True, fold, folds)
+    return with_noise(data, label_noise, seed, fold)
 
 
 def _read(

@@ -1,7 +1,5 @@
 """scikit-learn's digits: 1797 images of 8×8, shipped with the library, so nothing is downloaded."""
 
-from dataclasses import replace
-
 import numpy as np
 import torch
 
@@ -41,5 +39,4 @@ def digits(
     )
     data = images.restrict(data, train_size, validation, seed)
     # Last, so that the images held out keep their true labels.
-    labels = images.noisy_labels(data.train_labels, len(data.classes), label_noise, seed)
-    return replace(data, train_labels=labels)
+    return images.with_noise(data, label_noise, seed)

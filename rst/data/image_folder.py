@@ -48,6 +48,9 @@ def image_folder(
     seed: int = 0,
     in_memory: bool | Literal["auto"] = "auto",
     workers: int | None = None,
+    fold: int | None = None,
+    folds: int | None = None,
+    label_noise: float | None = None,
 ) -> ImageData:
     """Images from `root`/train/<class>/* and `root`/test/<class>/*, sorted by class and file name.
 
@@ -57,7 +60,9 @@ def image_folder(
     modification time changes. Mean and standard deviation are those of train/, whatever part is trained on.
 
     `validation` evaluates on a stratified tenth of train/ in place of test/; `train_size` then takes a
-    stratified part of the rest; `seed` draws both. `name` is a label and changes nothing here: it identifies
+    stratified part of the rest; `seed` draws both. Before them, `fold` of `folds` takes one of so many
+    disjoint, stratified parts of train/ (`rst.data.images.part_of`), and after them a fraction `label_noise`
+    of the training labels is replaced by random ones. `name` is a label and changes nothing here: it identifies
     the data set in a run, since the path differs from machine to machine.
 
     `in_memory` "auto" holds the decoded images in memory if they take at most a quarter of the machine's.
@@ -109,7 +114,8 @@ def image_folder(
         mean=mean,
         std=std,
     )
-    return images.restrict(data, train_size, validation, seed)
+    data = images.restrict(data, train_size, validation, seed, fold=fold, folds=folds)
+    return images.with_noise(data, label_noise, seed, fold)
 
 
 def _scan(folder: Path, split: str) -> list[_File]:

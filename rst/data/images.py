@@ -1,4 +1,4 @@
-"""A data set in memory, and the steps that every data set shares: holding out, taking a part, label noise."""
+"""A data set in memory, and the steps that every data set shares: parts, holding out, label noise."""
 
 from dataclasses import dataclass, replace
 
@@ -9,7 +9,7 @@ from rst import draws
 from rst.data.image_files import ImageFiles
 
 # Index of each use of the stream "split", so that none of them shifts another. Never renumber.
-DIGITS_SPLIT, VALIDATION_SPLIT, TRAIN_SIZE_SPLIT, SHARPNESS_SPLIT = 0, 1, 2, 3
+DIGITS_SPLIT, VALIDATION_SPLIT, TRAIN_SIZE_SPLIT, SHARPNESS_SPLIT, FOLDS_SPLIT = 0, 1, 2, 3, 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,20 +79,48 @@ def stratified(labels: torch.Tensor, size: int, seed: int, split: int) -> tuple[
     return torch.from_numpy(np.sort(chosen)), torch.from_numpy(np.sort(rest))
 
 
+def part_of(labels: torch.Tensor, fold: int, folds: int, seed: int) -> torch.Tensor:
+    """The indices, sorted, of part `fold` modulo `folds` of the disjoint, stratified parts that `seed` draws.
+    Sizes, and counts of a class, differ by one at most.
+
+    Raises ValueError where a part would have no image of some class.
+    """
+    fewest = int(labels.unique(return_counts=True)[1].min())
+    if not 1 <= folds <= fewest or fold < 0:
+        raise ValueError(
+            f"folds must be between 1 and {fewest}, the images of the smallest class, and fold a whole number "
+            f"≥ 0, got folds={folds}, fold={fold}"
+        )
+    shuffled = torch.randperm(len(labels), generator=draws.generator(seed, "split", FOLDS_SPLIT))
+    # Class after class, dealt out to the parts like cards.
+    by_class = shuffled[labels.cpu()[shuffled].argsort(stable=True)]
+    return by_class[fold % folds :: folds].sort().values
+
+
 def restrict(
-    data: ImageData, train_size: int | None, validation: bool, seed: int, random_order: bool = False
+    data: ImageData,
+    train_size: int | None,
+    validation: bool,
+    seed: int,
+    random_order: bool = False,
+    fold: int | None = None,
+    folds: int | None = None,
 ) -> ImageData:
-    """`data` in validation mode, and of what is then left for training a stratified part of `train_size`
-    images, drawn by `seed`; None keeps it all.
+    """`data` with the training images of one of `folds` parts (`part_of`), in validation mode, and of what is
+    then left for training a stratified part of `train_size` images, drawn by `seed`; None keeps it all.
 
     Validation mode puts a tenth of the training set, rounded down, in the place of the test set: the last
     tenth of data that are stored in random order, else a stratified one drawn by `seed`.
 
-    Raises ValueError for data of one class, and for a `train_size` that leaves fewer images than classes on
-    one side.
+    Raises ValueError for data of one class, for one of `fold` and `folds` without the other, and for a size
+    that leaves fewer images than classes on one side.
     """
     if len(data.classes) < 2:
         raise ValueError(f"all images are of one class, {data.classes[0]}: training needs two or more")
+    if (fold is None) != (folds is None):
+        raise ValueError(f"fold and folds go together, got fold={fold}, folds={folds}")
+    if fold is not None and folds is not None:
+        data = _train_on(data, part_of(data.train_labels, fold, folds, seed))
     if validation:
         n = len(data.train_labels) - len(data.train_labels) // 10
         if random_order:
@@ -115,16 +143,28 @@ def _train_on(data: ImageData, indices: torch.Tensor) -> ImageData:
     return replace(data, train_images=data.train_images[indices], train_labels=data.train_labels[indices])
 
 
-def noisy_labels(labels: torch.Tensor, classes: int, fraction: float, seed: int) -> torch.Tensor:
+def with_noise(data: ImageData, fraction: float | None, seed: int, fold: int | None = None) -> ImageData:
+    """`data` with `noisy_labels` for training, drawn anew for each `fold`; None changes nothing."""
+    if fraction is None:
+        return data
+    return replace(
+        data, train_labels=noisy_labels(data.train_labels, len(data.classes), fraction, seed, fold or 0)
+    )
+
+
+def noisy_labels(
+    labels: torch.Tensor, classes: int, fraction: float, seed: int, index: int = 0
+) -> torch.Tensor:
     """`labels` with exactly round(fraction·n) of them, chosen at random, each replaced by a uniformly random
-    class. That may be the true one: a share 1/classes of the replaced labels stays right on average.
+    class, drawn by `seed` and `index`. That may be the true one: a share 1/classes of the replaced labels
+    stays right on average.
 
     Raises ValueError unless 0 ≤ fraction ≤ 1.
     """
     if not 0 <= fraction <= 1:
         raise ValueError(f"label_noise must be between 0 and 1, got {fraction}")
     n = len(labels)
-    generator = draws.generator(seed, "label_noise")
+    generator = draws.generator(seed, "label_noise", index)
     replaced = torch.randperm(n, generator=generator)[: round(fraction * n)]
     # n draws whatever the fraction: for one seed, the noisy labels of a smaller fraction keep their values.
     random_labels = torch.randint(classes, (n,), generator=generator)

@@ -32,6 +32,7 @@ SIZES = {
     "rst.data.cifar100": DataSize(50_000, 3, 32, 100),
     "rst.data.digits": DataSize(1297, 1, 8, 10),
     "rst.data.imagenet": DataSize(1_281_167, 3, 224, 1000),
+    "cifar10-jpeg": DataSize(50_000, 3, 32, 10),  # an image folder, by its name
 }
 _RESNET20 = {"_target_": "rst.models.create", "_partial_": True, "name": "resnet20"}
 
@@ -77,11 +78,13 @@ def steps_per_epoch(config: Mapping[str, Any]) -> int:
 
 def data_size(config: Mapping[str, Any]) -> DataSize:
     node = config["dataset"]
-    size = SIZES.get(node["_target_"])
+    size = SIZES.get(node["_target_"]) or SIZES.get(node.get("name"))
     if size is None and "root" not in node:
         raise ValueError(f"the size of {node['_target_']} is unknown: add it to SIZES in {__name__}")
     size = size or _folder_size(Path(node["root"]).expanduser(), node["train_size"])
     n = size.train_images
+    if folds := node.get("folds"):
+        n = len(range(node["fold"] % folds, n, folds))
     if node["validation"]:
         n -= n // 10
     return size._replace(train_images=node["train_size"] or n, side=node.get("image_size") or size.side)

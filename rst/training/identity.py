@@ -24,7 +24,10 @@ NOT_IDENTITY = (
 NEUTRAL: dict[str, Any] = {
     "augment.policies": "torchvision",
     "augment.mixup_first": False,
+    "dataset.fold": None,
+    "dataset.folds": None,
     "dataset.interpolation": "bilinear",
+    "dataset.label_noise": None,  # digits had it before, at 0.0 where there is none
 }
 
 

@@ -155,3 +155,51 @@ def test_to_moves_every_tensor_and_keeps_uint8() -> None:
     assert moved.train_images.dtype == moved.test_images.dtype == torch.uint8
     assert moved.train_labels.dtype == moved.test_labels.dtype == torch.int64
     assert moved.mean == (0.5,) * 3
+
+
+def test_parts_are_disjoint_stratified_and_together_everything() -> None:
+    labels = numbered([41, 30, 52]).train_labels
+    parts = [images.part_of(labels, fold, 10, seed=3) for fold in range(10)]
+    assert torch.equal(torch.cat(parts).sort().values, torch.arange(123))
+    assert {len(part) for part in parts} == {12, 13}
+    counts = torch.stack([labels[part].bincount(minlength=3) for part in parts])
+    assert (counts.max(0).values - counts.min(0).values).max() == 1
+    assert all(torch.equal(part, part.unique()) for part in parts)
+    assert torch.equal(images.part_of(labels, 12, 10, seed=3), parts[2])
+    assert not torch.equal(images.part_of(labels, 2, 10, seed=4), parts[2])
+    # Of half as many parts, each is two of these.
+    assert torch.equal(images.part_of(labels, 2, 5, seed=3), torch.cat([parts[2], parts[7]]).sort().values)
+
+
+def test_validation_and_train_size_are_taken_from_the_part() -> None:
+    data = numbered([500] * 4)
+    fold = images.restrict(data, None, validation=False, seed=0, fold=1, folds=5)
+    assert fold.test_images is data.test_images and len(fold.train_labels) == 400
+    split = images.restrict(data, 100, validation=True, seed=0, fold=1, folds=5)
+    held, chosen = index_of(split.test_images), index_of(split.train_images)
+    assert (len(held), len(chosen)) == (40, 100)
+    assert set(held.tolist()) | set(chosen.tolist()) <= set(index_of(fold.train_images).tolist())
+    assert not set(held.tolist()) & set(chosen.tolist())
+    assert torch.equal(split.train_labels, data.train_labels[chosen])
+
+
+@pytest.mark.parametrize(("fold", "folds"), [(0, 0), (0, 31), (-1, 5), (None, 5), (2, None)])
+def test_impossible_parts_are_refused(fold: int | None, folds: int | None) -> None:
+    with pytest.raises(ValueError, match=f"got (folds={folds}, fold={fold}|fold={fold}, folds={folds})"):
+        images.restrict(numbered([40, 30]), None, validation=False, seed=0, fold=fold, folds=folds)
+
+
+def test_label_noise_spares_what_is_held_out_and_differs_from_fold_to_fold() -> None:
+    data = numbered([200] * 5, shuffle=False)  # so that each fold has the same labels
+
+    def noisy(fold: int) -> ImageData:
+        part = images.restrict(data, None, validation=True, seed=0, fold=fold, folds=4)
+        made = images.with_noise(part, 0.4, 0, fold)
+        assert made.test_labels is part.test_labels and made.train_images is part.train_images
+        wrong = int((made.train_labels != part.train_labels).sum())
+        assert 0 < wrong <= round(0.4 * 225)
+        return made
+
+    assert torch.equal(noisy(1).train_labels, noisy(1).train_labels)
+    assert not torch.equal(noisy(1).train_labels, noisy(2).train_labels)
+    assert images.with_noise(data, None, 0) is data

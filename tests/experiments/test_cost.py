@@ -41,6 +41,10 @@ def test_operations_of_a_network_by_hand():
         (["dataset=cifar10", "dataset.train_size=500"], DataSize(500, 3, 32, 10)),
         (["dataset=imagenet", "dataset.image_size=64"], DataSize(1_281_167, 3, 64, 1000)),
         (["protocol=cpu", "dataset.root=nowhere"], DataSize(1000, 3, 32, 10)),
+        (
+            ["dataset=cifar10_jpeg", "dataset.folds=7", "dataset.fold=8", "dataset.validation=true"],
+            DataSize(7143 - 714, 3, 32, 10),
+        ),
     ],
 )
 def test_sizes_are_known_without_the_data(overrides, size):
