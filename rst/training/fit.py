@@ -177,6 +177,7 @@ def summarize(metrics: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         "epochs": last["epoch"],
         **{key: last[key] for key in kept},
+        "calibrated_test_loss": last.get("calibrated_test_loss"),  # checkpoints may be older than it is
         "best_test_accuracy": best["test_accuracy"],
         "best_epoch": best["epoch"],
         "seconds": seconds,

@@ -15,6 +15,7 @@ from rst.data import Augment, ImageData, evaluation_batches, steps_per_epoch, tr
 from rst.draws import draw
 from rst.optim import RST
 from rst.training import distributed
+from rst.training.calibration import cross_fitted_loss
 from rst.training.device import PRECISIONS
 from rst.training.guard import ADVICE, Guard
 
@@ -147,9 +148,7 @@ class Training:
             epoch = len(self.metrics) + 1
             metrics = {"epoch": epoch, **self._train_metrics()}
             if epoch % self.evaluate_every == 0 or epoch == self.epochs:
-                metrics |= yield from self._evaluate(stop)
-                if not math.isfinite(metrics["test_loss"]):
-                    raise FloatingPointError(f"the test loss is not finite after epoch {epoch}; {ADVICE}")
+                metrics |= yield from self._evaluate(stop, epoch)
             self.metrics.append(metrics)
             self._begin_epoch()
             yield metrics
@@ -239,36 +238,51 @@ class Training:
         """Gradients go to the other ranks after the last of several backward passes only."""
         return self.model.no_sync() if self.ranks > 1 and not is_last else nullcontext()  # type: ignore[operator]
 
-    def _evaluate(self, stop: Callable[[], bool]) -> Generator[None, None, dict[str, Any]]:
+    def _evaluate(self, stop: Callable[[], bool], epoch: int) -> Generator[None, None, dict[str, Any]]:
+        """The test metrics; after the last epoch, also the loss at the right temperature."""
         distributed.share_buffers(self.network)
         self.network.eval()
         sums = torch.zeros(2, dtype=self._sum_dtype, device=self.device)
         seconds = 0.0
         batch_size, n_images = self.batch_size // self.ranks, len(self.data.test_labels)
         n_batches = math.ceil(math.ceil(n_images / self.ranks) / batch_size)  # on the rank with the most
+        kept: list[Tensor] = []  # logits of this rank's images
         with closing(evaluation_batches(self.data, batch_size, self.rank, self.ranks)) as batches:
             for _ in range(n_batches):
                 begun = time.perf_counter()
                 if (batch := next(batches, None)) is not None:
-                    sums += self._evaluate_batch(*batch).to(sums)
+                    logits, of_batch = self._evaluate_batch(*batch)
+                    sums += of_batch.to(sums)
+                    kept += [logits] * (epoch == self.epochs)
                 self.guard.stopping = distributed.any_rank(stop(), self.device)
                 seconds += time.perf_counter() - begun
                 yield
         begun = time.perf_counter()
         loss_sum, n_correct = distributed.sum_over_ranks(sums).tolist()
-        return {
-            "test_loss": loss_sum / n_images,
-            "test_accuracy": n_correct / n_images,
-            "seconds_evaluate": seconds + time.perf_counter() - begun,
-        }
+        metrics = {"test_loss": loss_sum / n_images, "test_accuracy": n_correct / n_images}
+        if not math.isfinite(metrics["test_loss"]):
+            raise FloatingPointError(f"the test loss is not finite after epoch {epoch}; {ADVICE}")
+        if epoch == self.epochs and n_images > 1:
+            everyones = self._of_all_ranks(kept, n_images).numpy(force=True)
+            labels = self.data.test_labels.numpy(force=True)
+            metrics["calibrated_test_loss"] = cross_fitted_loss(everyones, labels)
+        return metrics | {"seconds_evaluate": seconds + time.perf_counter() - begun}
+
+    def _of_all_ranks(self, kept: list[Tensor], n_images: int) -> Tensor:
+        """The logits of all test images in order, from those that each rank kept, [n_images, classes]."""
+        own = torch.arange(n_images).tensor_split(self.ranks)[self.rank].to(self.device)
+        logits = torch.zeros(n_images, len(self.data.classes), device=self.device)
+        if kept:
+            logits[own] = torch.cat(kept).float()
+        return distributed.sum_over_ranks(logits)
 
     @torch.inference_mode()
-    def _evaluate_batch(self, images: Tensor, labels: Tensor) -> Tensor:
-        """Sum of the losses, and number of correct answers."""
+    def _evaluate_batch(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits; sum of the losses, and number of correct answers."""
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
             logits = self.network(images)
             loss = F.cross_entropy(logits, labels, reduction="sum")
-        return torch.stack([loss, (logits.argmax(1) == labels).sum().to(loss)])
+        return logits, torch.stack([loss, (logits.argmax(1) == labels).sum().to(loss)])
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a resumed run needs. Random numbers need no state (see `rst.draws`).

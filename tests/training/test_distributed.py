@@ -23,6 +23,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from rst import RST, Constant
 from rst.data import Augment, train_batches
 from rst.training import distributed
+from rst.training.calibration import cross_fitted_loss
 from rst.training.loop import Training
 from rst.training.lr_schedule import cosine
 
@@ -171,6 +172,8 @@ def test_evaluation_covers_the_test_set_once(trained):
     assert state["metrics"][-1]["test_loss"] == pytest.approx(
         F.cross_entropy(logits, data.test_labels).item()
     )
+    scaled = cross_fitted_loss(logits.numpy(), data.test_labels.numpy())
+    assert state["metrics"][-1]["calibrated_test_loss"] == pytest.approx(scaled, rel=1e-5)
 
 
 def test_all_ranks_stop_at_the_same_point(trained):

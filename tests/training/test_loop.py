@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from rst import RST, Constant
 from rst.data import Augment, ImageData, image_folder, train_batches
+from rst.training.calibration import cross_fitted_loss
 from rst.training.loop import Training
 from rst.training.lr_schedule import constant, cosine, step
 
@@ -134,6 +135,8 @@ def test_evaluation_covers_the_whole_test_set():
     data = some_data()
     with torch.no_grad():
         logits = model.eval()((data.test_images / 255 - 0.5) / 0.3)
+    expected = cross_fitted_loss(logits.numpy(), data.test_labels.numpy())
+    assert metrics["calibrated_test_loss"] == pytest.approx(expected, rel=1e-5)
     assert metrics["test_accuracy"] == (logits.argmax(1) == data.test_labels).sum().item() / 7
     assert metrics["test_loss"] == pytest.approx(F.cross_entropy(logits, data.test_labels).item(), rel=1e-5)
 
@@ -348,6 +351,7 @@ def test_evaluating_less_often_changes_nothing_else():
     every, second = (epochs_of(training(some_model(), evaluate_every=n)) for n in (1, 2))
     ours = {"test_loss", "test_accuracy"}
     assert [ours <= metrics.keys() for metrics in second] == [False, True, True]  # the last one always
+    assert ["calibrated_test_loss" in metrics for metrics in every] == [False, False, True]
     for a, b in zip(every, second, strict=True):
         same = b.keys() - {"seconds_train", "seconds_data", "seconds_evaluate"}
         assert {key: a[key] for key in same} == {key: b[key] for key in same}
