@@ -88,8 +88,8 @@ def part_of(labels: torch.Tensor, fold: int, folds: int, seed: int) -> torch.Ten
     fewest = int(labels.unique(return_counts=True)[1].min())
     if not 1 <= folds <= fewest or fold < 0:
         raise ValueError(
-            f"folds must be between 1 and {fewest}, the images of the smallest class, and fold a whole number "
-            f"≥ 0, got folds={folds}, fold={fold}"
+            f"folds must be between 1 and {fewest}, the images of the smallest class, and fold a whole "
+            f"number ≥ 0, got folds={folds}, fold={fold}"
         )
     shuffled = torch.randperm(len(labels), generator=draws.generator(seed, "split", FOLDS_SPLIT))
     # Class after class, dealt out to the parts like cards.

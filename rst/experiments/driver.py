@@ -102,14 +102,16 @@ def reproduce(
 
 
 def run_all(cells: Sequence[Cell], total: int, launcher: Launcher) -> None:
-    """Run the cells, longest first, and show the progress; `total` includes the runs that are complete. A run
-    that fails has a `Run.failure` afterwards. One that another process is working on is waited for.
+    """Run the cells and show the progress; `total` includes the runs that are complete. Table by table, then
+    seed by seed, so that what has run at any time can be compared, then the longest first. A run that fails
+    has a `Run.failure` afterwards. One that another process is working on is waited for.
 
     A killed process takes its launcher's whole batch down. The runs that had begun then resume one at a time,
     so that only the one at fault fails, and the others as a batch again.
     """
     work = {cell.run.id: cost_of(cell.run.config).work for cell in cells}
-    pending = sorted(cells, key=lambda cell: -work[cell.run.id])
+    places = {table: i for i, table in enumerate(dict.fromkeys(cell.table for cell in cells))}
+    pending = sorted(cells, key=lambda c: (places[c.table], c.run.config["seed"], -work[c.run.id]))
     for cell in cells:
         (cell.run.folder / "failed.json").unlink(missing_ok=True)
     suspects: set[str] = set()
@@ -191,8 +193,9 @@ def _write(
     folder: Path,
     for_print: bool,
 ) -> list[Path]:
-    # The schedules of the first column; another may have other steps, or a warmup.
-    configs = {row.label: cells[next(iter(row.runs.values()))].run.config for row in table.columns[0].rows}
+    # The schedules of the first column, of rows as long as most; another may have other steps, or a warmup.
+    rows = [row for row in table.columns[0].rows if row.epochs_factor == 1]
+    configs = {row.label: cells[next(iter(row.runs.values()))].run.config for row in rows}
     config = next(iter(configs.values()))
     epoch_steps = steps_per_epoch(config)
     schedules = {label: schedule_of(config, epoch_steps) for label, config in configs.items()}

@@ -27,10 +27,13 @@ SETTING = ("dataset", "model", "augment")  # the groups whose options say what a
 @dataclass
 class RowSpec:
     """A method with its settings. Where `overrides` sweep, a row for each combination; `label` then names the
-    swept values in braces: `p = {schedule.p}`. A `published` test error, in percent, needs its `source`."""
+    swept values in braces: `p = {schedule.p}`. A `published` test error, in percent, needs its `source`.
+    The row has `epochs_factor` times the epochs of the others, rounded, and may have `seeds` of its own."""
 
     label: str = MISSING
     overrides: list[str] = MISSING
+    epochs_factor: float = 1.0
+    seeds: str | None = None
     published: float | None = None
     source: str | None = None
 
@@ -42,7 +45,7 @@ class TableSpec:
 
     Args:
         columns: the key of conf/columns/<protocol>.yaml that lists the columns.
-        seeds: such as "0,1,2", in place of the protocol's.
+        seeds: such as "0,1,2", in place of the protocol's. A column may have others, as an override.
         metrics: what the table's page shows (`rst.reporting.tables.METRICS`), None for the usual ones.
     """
 
@@ -74,7 +77,8 @@ def options(conf: Path, group: str) -> list[str]:
 def read_table(conf: Path, name: str, protocol: str) -> tuple[TableSpec, dict[str, list[str]]]:
     """conf/table/`name`.yaml, its rows expanded, and the overrides of each of its columns, by name.
 
-    Columns come from conf/columns/`protocol`.yaml, and so do the values that a row takes as `${grid.…}`.
+    Columns come from conf/columns/`protocol`.yaml, and so do the values that a row takes as `${grid.…}`, and
+    `anchors`, the seeds of the rows that all others are compared with, where they have more than those.
 
     Raises:
         ValueError: the specification has an unknown key, lacks one, or contradicts itself.
@@ -83,17 +87,19 @@ def read_table(conf: Path, name: str, protocol: str) -> tuple[TableSpec, dict[st
     settings: Any = OmegaConf.load(conf / "columns" / f"{protocol}.yaml")
     try:
         table = OmegaConf.merge(TableSpec, OmegaConf.load(conf / "table" / f"{name}.yaml"))
+        anchors = settings.pop("anchors", None)
         both = OmegaConf.create({"grid": settings.pop("grid", {}), "table": table})
         spec: TableSpec = OmegaConf.to_object(both)["table"]  # type: ignore[assignment,call-overload,index]
     except OmegaConfBaseException as error:
         raise ValueError(f"{where}: {' '.join(str(error).split())}") from None
     if spec.columns not in settings:
         raise ValueError(f"{where}: columns must be one of {', '.join(settings)}, got {spec.columns!r}")
-    rows = [
-        replace(row, label=label, overrides=overrides)
-        for row in spec.rows
-        for label, overrides in expand(row.label, row.overrides, where)
-    ]
+    rows = []
+    for row in spec.rows:
+        is_anchor = row.label in (spec.reference, spec.baseline)
+        seeds = row.seeds or spec.seeds or (anchors if is_anchor else None)
+        for label, overrides in expand(row.label, row.overrides, where):
+            rows.append(replace(row, label=label, overrides=overrides, seeds=seeds))
     columns: dict[str, list[str]] = {}
     for template, sweep in settings[spec.columns].items():
         for column, overrides in expand(template, sweep, where):
@@ -104,16 +110,15 @@ def read_table(conf: Path, name: str, protocol: str) -> tuple[TableSpec, dict[st
 
 
 def expand(name: str, overrides: Sequence[str], where: str) -> list[tuple[str, list[str]]]:
-    """Each combination of the values that `overrides` sweep over, the last one varying fastest, with its
-    name: `name` with the values in place of the keys in braces.
+    """Each combination of the values that `overrides` sweep over, the seed excepted, the last one varying
+    fastest, with its name: `name` with the values in place of the keys in braces.
 
     Raises:
         ValueError: naming `where`, for an override that Hydra rejects or a key that no override sets.
     """
     choices = []
     for override in _parse(overrides, where):
-        if override.is_sweep_override():
-            key = override.get_key_element()
+        if override.is_sweep_override() and (key := override.get_key_element()) != "seed":
             choices.append([f"{key}={value}" for value in override.sweep_string_iterator()])
         else:
             choices.append([str(override.input_line)])
@@ -146,7 +151,7 @@ def cells_of(overrides: Sequence[str]) -> list[Cell]:
     `hydra.initialize_config_dir`, as `gather`.
     """
     given = [text for text in overrides if text.startswith("seed=")]
-    others = [text for text in overrides if text not in given]
+    others = _but_seeds(overrides)
     if sweeps := [str(o.input_line) for o in _parse(others, "overrides") if o.is_sweep_override()]:
         raise ValueError(f"only seed= may sweep here, not {' '.join(sweeps)}: list the rows in conf/table")
     cfg, hydra_cfg = _compose(others)
@@ -154,14 +159,14 @@ def cells_of(overrides: Sequence[str]) -> list[Cell]:
     (swept,) = _parse(given[-1:], "overrides")
     cells: list[Cell] = []
     for seed in swept.sweep_iterator() if swept.is_sweep_override() else [swept.value()]:
-        if not cells:  # runs that differ in nothing but their seed need one composition and one check
-            cfg.seed = seed
-            first = describe(cfg, hydra_cfg)
-        elif type(seed) is not int or seed < 0:
+        if cells and (type(seed) is not int or seed < 0):
             raise ValueError(f"seed must be a whole number of at least 0, got {seed!r}")
+        cfg.seed = seed
+        if not cells:  # runs that differ in their seed need one composition and one check
+            first = describe(cfg, hydra_cfg)
         single = [*others, f"seed={seed}"]
-        run = replace(first, config=first.config | {"seed": seed}, command=_train(single))
-        cells.append(Cell(single, run))
+        config: Any = OmegaConf.to_container(cfg, resolve=True)  # the part of the data may follow the seed
+        cells.append(Cell(single, replace(first, config=config, command=_train(single))))
     return cells
 
 
@@ -188,24 +193,31 @@ def gather(
     cells: dict[str, Cell] = {}
     for name in names:
         spec, settings = read_table(conf, name, protocol)
-        seeds = [f"seed={spec.seeds}"] if spec.seeds else []
-        if any(text.startswith("seed=") for text in common):
-            seeds = []
         columns = []
         for column, chosen in settings.items():
-            rows, shown = [], column if len(settings) > 1 else ""
+            rows, setting, shown = [], "", column if len(settings) > 1 else ""
             for row in spec.rows:
-                overrides = [f"protocol={protocol}", *chosen, *row.overrides, *common, *seeds]
+                overrides = [f"protocol={protocol}", *chosen, *row.overrides, *common]
+                factor = 1.0
+                if row.epochs_factor != 1:
+                    usual = _compose(_but_seeds(overrides))[0].epochs
+                    epochs = max(1, round(row.epochs_factor * usual))
+                    overrides.append(f"epochs={epochs}")
+                    factor = epochs / usual
+                if row.seeds and overrides == _but_seeds(overrides):
+                    overrides.append(f"seed={row.seeds}")
                 runs = {}
                 for cell in cells_of(overrides):
                     run, seed = cell.run, cell.run.config["seed"]
                     runs[seed] = run.id
                     title = " / ".join(filter(None, [name, shown, f"{row.label}, seed {seed}"]))
                     cells.setdefault(run.id, replace(cell, table=name, title=title))
-                anywhere = [text for text in overrides if not text.startswith("outputs=")]
-                rows.append(Row(row.label, _train(["-m", *anywhere]), runs, row.published, row.source))
+                command = _train(["-m", *(text for text in overrides if not text.startswith("outputs="))])
+                rows.append(Row(row.label, command, runs, row.published, row.source, factor, _folds(run)))
+                if row.label == spec.baseline:
+                    setting = _setting(run, protocol)
             split = "validation" if run.config["dataset"].get("validation") else "test"
-            columns.append(Column(shown, _setting(run, protocol), rows, split))
+            columns.append(Column(shown, setting, rows, split))
         metrics = None if spec.metrics is None else tuple(spec.metrics)
         try:
             tables.append(Table(name, spec.title, spec.reference, spec.baseline, columns, metrics))
@@ -214,14 +226,25 @@ def gather(
     return tables, cells
 
 
+def _but_seeds(overrides: Sequence[str]) -> list[str]:
+    return [text for text in overrides if not text.startswith("seed=")]
+
+
+def _folds(run: Run) -> int | None:
+    """The number of parts of the data, where the seed says which one a run is trained on."""
+    node = run.config["dataset"]
+    return node.get("folds") if node.get("fold") == run.config["seed"] else None
+
+
 def _setting(run: Run, protocol: str) -> str:
     """Data, model and augmentation, each with the values that are not its option's; epochs and batch size."""
     plain, _ = _compose([f"{group}={run.choices[group]}" for group in SETTING])
+    said = {"root", "name", *(["fold"] if _folds(run) else [])}
     parts = [f"Protocol {protocol}"]
     for group in SETTING:
         default: Any = OmegaConf.to_container(plain[group], resolve=True)
         node = run.config[group].items()
-        changed = [f"{k} {v}" for k, v in node if v != default.get(k) and k not in ("root", "name")]
+        changed = [f"{k} {v}" for k, v in node if v != default.get(k) and k not in said]
         parts.append(f"{group} {run.choices[group]}" + (f" ({', '.join(changed)})" if changed else ""))
     return ", ".join([*parts, f"{run.config['epochs']} epochs", f"batch size {run.config['batch_size']}"])
 

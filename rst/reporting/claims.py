@@ -20,7 +20,6 @@ from rst.reporting.statistics import (
     holm,
     on_one_machine,
     paired_difference,
-    values,
 )
 from rst.reporting.tables import Column, Row, Table
 
@@ -29,9 +28,10 @@ ALPHA = 0.05
 
 @dataclass(frozen=True)
 class Claim:
-    """A claim about two rows of a table, paired by seed: that the mean of `row` − `minus` is `below` a bound,
-    or `within` a distance from 0; or the same of the ratio `row` / `over`, on a logarithmic scale, where
-    `within` 0.15 means between 1/1.15 and 1.15. Several labels stand for the mean of their rows.
+    """A claim about two rows of a table, paired by seed or part of the data: that the mean of `row` − `minus`
+    is `below` a bound, or `within` a distance from 0; or the same of the ratio `row` / `over`, on a
+    logarithmic scale, where `within` 0.15 means between 1/1.15 and 1.15. Several labels stand for the mean of
+    their rows.
 
     Args:
         claim: in words.
@@ -107,14 +107,16 @@ def evaluate(claim: Claim, column: Column, records: pd.DataFrame) -> Outcome:
     ours, theirs = _sides(claim, column)
 
     def mean(rows: Sequence[Row]) -> pd.Series:
-        measured = pd.concat([values(claim.metric, row.runs, records) for row in rows], axis=1, join="inner")
+        measured = pd.concat([row.values(claim.metric, records) for row in rows], axis=1, join="inner")
         return measured.map(np.log).mean(axis=1) if claim.over else measured.mean(axis=1)
 
     gaps = paired_difference(mean(ours), mean(theirs))
     gap = estimate(gaps)
-    seeds = set.intersection(*(set(row.runs) for row in [*ours, *theirs]))
-    runs = records[records["id"].isin({run for row in [*ours, *theirs] for run in row.runs.values()})]
-    if gap.n < len(seeds):
+    rows = [*ours, *theirs]
+    units = set.intersection(*(set(row.units) for row in rows))
+    asked = {run for row in rows for unit in units for run in row.units[unit]}
+    runs = records[records["id"].isin(asked)]
+    if gap.n < len(units) or len(runs) < len(asked):
         return Outcome(claim, gap, untested="partial" if gap.n else "not run")
     if claim.metric.startswith("seconds") and not on_one_machine(runs):
         return Outcome(claim, gap, untested="not comparable: several machines")

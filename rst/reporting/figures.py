@@ -106,7 +106,7 @@ def error(summary: Summary, frame: pd.DataFrame) -> Figure:
         half = np.nan_to_num(row["test_error.high"] - mean)
         axes.errorbar(row["eta.mean"], mean, half, fmt="o", color=colour, ms=6, lw=1.2)
         axes.annotate(_named(row), (row["eta.mean"], mean), (6, 6), textcoords="offset points", fontsize=8)
-    axes.set_xlabel("η, propagations (forward-backward passes) per step")
+    axes.set_xlabel(f"η, propagations (forward-backward passes) per step of {summary.baseline}")
     axes.set_ylabel(f"{summary.split} error (%), mean and 95 % interval")
     axes.set_xlim(0.95, 2.15)
     axes.grid(color="0.92")

@@ -11,13 +11,13 @@ from tabulate import tabulate
 
 from rst.files import write_text
 from rst.reporting.records import HOW_SHARP, SHARPNESS
-from rst.reporting.statistics import MIN_SEEDS, SHARPNESS_NAMES, Estimate, Summary, estimate_of
+from rst.reporting.statistics import LOSSES, MIN_SEEDS, SHARPNESS_NAMES, Estimate, Summary, estimate_of
 
 USUAL = ("test_error", "difference_to_reference", "eta", "time")
 DETAILS = (
     "interval",
     "difference_to_baseline",
-    "test_loss",
+    *LOSSES,
     "eta_expected",
     "best_epoch",
     *SHARPNESS,
@@ -35,9 +35,9 @@ FIGURES = {
 READING = (
     "{Split} error at the last epoch: mean ± sample standard deviation over n seeds. Differences are this "
     "row's error minus {reference}'s of the same seed; negative is better. Their 95 % t-intervals are not "
-    "corrected for the number of rows. η: propagations (forward-backward passes) per step, 1 for SGD and 2 "
-    "for SAM. Time: training seconds relative to {baseline}'s of the same seed (median), where both are from "
-    "one machine."
+    "corrected for the number of rows. η: propagations (forward-backward passes) per step of {baseline}, 1 "
+    "for SGD and 2 for SAM. Time: training seconds relative to {baseline}'s of the same seed (median), where both "
+    "are from one machine."
 )
 MATRIX = (
     "{Split} error (%) at the last epoch: mean ± sample standard deviation over n seeds. * marks a "
@@ -143,7 +143,9 @@ def _cell(summary: Summary, row: dict[Any, Any], metric: str) -> tuple[str, str]
         case "difference_to_baseline":
             return f"Difference to {summary.baseline} (points)", difference(summary.baseline)
         case "eta" | "eta_expected":
-            return {"eta": "η", "eta_expected": "η expected"}[metric], f"{row[f'{metric}.mean']:.3f}"
+            mean = row[f"{metric}.mean"]
+            text = "unknown" if np.isnan(mean) else f"{mean:.3f}"
+            return {"eta": "η", "eta_expected": "η expected"}[metric], text
         case "time":
             return f"Time / {summary.baseline}'s", "–" if np.isnan(row["time"]) else f"{row['time']:.2f}"
         case "best_epoch":
@@ -155,7 +157,7 @@ def _cell(summary: Summary, row: dict[Any, Any], metric: str) -> tuple[str, str]
         case _:
             value = estimate_of(row, metric)
             text = f"{_significant(value)}{_count(value, error.n)}" if value.n else "not measured"
-            return SHARPNESS_NAMES.get(metric, "Test loss (nats)"), text
+            return (SHARPNESS_NAMES | LOSSES)[metric], text
 
 
 def pipes(lines: Sequence[Mapping[str, str]]) -> str:
@@ -237,7 +239,9 @@ def _matrix(summaries: Sequence[Summary]) -> list[dict[str, str]]:
 
 
 def _details(summary: Summary) -> list[str]:
-    return [name for name in DETAILS if _is_measured(summary.frame) or name not in SHARPNESS]
+    """Those of `DETAILS` that were measured of any row, where older records may lack them."""
+    later = {*SHARPNESS, "calibrated_test_loss"}
+    return [name for name in DETAILS if name not in later or summary.frame[f"{name}.n"].any()]
 
 
 def _remarks(summary: Summary) -> list[str]:
@@ -272,10 +276,6 @@ def provenance(frame: pd.DataFrame) -> list[str]:
         each = rows if len(rows) == 1 else [f"{said} ({', '.join(labels)})" for said, labels in rows.items()]
         lines += [f"{name}{', MIXED' * (len(rows) > 1)}: {'; '.join(each)}."] * bool(rows)
     return lines
-
-
-def _is_measured(frame: pd.DataFrame) -> bool:
-    return bool(frame["lambda_max.n"].any())
 
 
 def _worded(note: str, summary: Summary) -> str:

@@ -17,6 +17,11 @@ SHARPNESS_NAMES = {
     "in_ball": "L(θ + ε) − L(θ)",
     "along": "L(θ ± d/2) − L(θ)",
 }
+LOSSES = {
+    "test_loss": "Test loss (nats)",
+    "calibrated_test_loss": "Test loss, calibrated (nats)",
+    "train_loss": "Training loss (nats)",
+}
 
 # Metrics computed from the columns of runs.csv. Any of its other columns is a metric, too.
 DERIVED = {

@@ -12,7 +12,7 @@ import pandas as pd
 from rst.files import write_atomically, write_text
 from rst.reporting import pages
 from rst.reporting.records import SHARPNESS, Records
-from rst.reporting.statistics import Summary, estimate, on_one_machine, paired_difference, values
+from rst.reporting.statistics import LOSSES, Summary, estimate, on_one_machine, paired_difference, values
 from rst.schedule import Schedule
 
 METRICS = pages.METRICS
@@ -20,18 +20,42 @@ METRICS = pages.METRICS
 
 @dataclass(frozen=True)
 class Row:
-    """A method with its settings: the command that reproduces it, the run id of each seed, and the published
-    test error in percent, which needs a source."""
+    """A method with its settings.
+
+    Args:
+        command: reproduces it.
+        runs: the run id of each seed.
+        published: test error in percent, which needs a `source`.
+        epochs_factor: its epochs over those of the table's other rows.
+        folds: where a seed is trained on part seed modulo `folds` of the data, that number.
+    """
 
     label: str
     command: str
     runs: Mapping[int, str]
     published: float | None = None
     source: str | None = None
+    epochs_factor: float = 1.0
+    folds: int | None = None
 
     def __post_init__(self) -> None:
         if self.published is not None and not self.source:
             raise ValueError(f"row {self.label!r}: the published value {self.published} needs a source")
+
+    @property
+    def units(self) -> dict[int, list[str]]:
+        """The runs of each unit that rows are paired by: a seed or, with `folds`, a part of the data."""
+        units: dict[int, list[str]] = {}
+        for seed, run in self.runs.items():
+            units.setdefault(seed % self.folds if self.folds else seed, []).append(run)
+        return units
+
+    def values(self, metric: str, records: pd.DataFrame) -> pd.Series:
+        """A metric by unit: the mean of a unit's runs that the records have it of. Propagations per step are
+        per step of a row of `epochs_factor` 1, so that equal η is equal cost."""
+        of_seeds = values(metric, self.runs, records)
+        factor = self.epochs_factor if metric in ("eta", "eta_expected") else 1.0
+        return factor * of_seeds.groupby(lambda seed: seed % self.folds if self.folds else seed).mean()
 
 
 @dataclass(frozen=True)
@@ -150,11 +174,11 @@ def _line(
     failed = {seed: failures[run] for seed, run in row.runs.items() if run in failures.keys() - ids}
     status = "partial" if finished else "failed" if failed else "not run"
     measured = {
-        name: values(name, row.runs, records)
-        for name in ("test_error", "test_loss", "eta", "eta_expected", "best_epoch_error", *SHARPNESS)
+        name: row.values(name, records)
+        for name in ("test_error", *LOSSES, "eta", "eta_expected", "best_epoch_error", *SHARPNESS)
     }
     for other in (reference, baseline):
-        theirs = values("test_error", {} if other is row else other.runs, records)
+        theirs = other.values("test_error", records[:0] if other is row else records)
         measured[f"difference_to_{other.label}"] = paired_difference(measured["test_error"], theirs)
     estimates = {
         f"{name}.{part}": number
@@ -165,7 +189,7 @@ def _line(
         "label": row.label,
         "method": _distinct(group, "choices.method"),
         "status": "complete" if len(finished) == len(row.runs) else status,
-        "n_expected": len(row.runs),
+        "n_expected": len(row.units),
         **estimates,
         "time": _relative_time(row, baseline, records),
         "published_error": np.nan if row.published is None else row.published,
@@ -188,12 +212,12 @@ def _by_reason(failed: Mapping[int, str]) -> str:
 
 
 def _relative_time(row: Row, baseline: Row, records: pd.DataFrame) -> float:
-    """Training seconds over the baseline's of the same seed: the median, as a shared machine has slow hours.
+    """Training seconds over the baseline's of the same unit: the median, as a shared machine has slow hours.
     nan where they are not from one machine."""
     both = records[records["id"].isin([*row.runs.values(), *baseline.runs.values()])]
     if not on_one_machine(both):
         return np.nan
-    ours, theirs = (values("seconds.train", asked.runs, records) for asked in (row, baseline))
+    ours, theirs = (asked.values("seconds.train", records) for asked in (row, baseline))
     return float((ours / theirs).median())
 
 

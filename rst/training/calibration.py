@@ -31,7 +31,10 @@ def temperature(logits: np.ndarray, labels: np.ndarray) -> float:
     low, high = np.log(TEMPERATURES)
     # By its logarithm, to be as precise where T is small.
     found = minimize_scalar(
-        lambda x: loss(logits, labels, np.exp(x)), bounds=(low, high), method="bounded", options={"xatol": 1e-6}
+        lambda x: loss(logits, labels, np.exp(x)),
+        bounds=(low, high),
+        method="bounded",
+        options={"xatol": 1e-6},
     )
     return float(np.exp(found.x))
 

@@ -20,7 +20,7 @@ def sample(n=400, classes=5, scale=3.0):
 
 
 def test_two_classes_by_hand():
-    """With logits (a, 0) and a share q of the first class, the best T has softmax((a, 0) / T) = (q, 1 − q)."""
+    """Of logits (a, 0) and a share q of the first class, the best T has softmax((a, 0) / T) = (q, 1 − q)."""
     logits, labels = np.tile([4.0, 0.0], (10, 1)), np.array([0] * 8 + [1] * 2)
     assert temperature(logits, labels) == pytest.approx(4 / math.log(4), rel=1e-4)
     # Every other image: 4 of 5 in each half, so each is scored at the best temperature of all.
