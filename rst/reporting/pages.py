@@ -36,8 +36,8 @@ READING = (
     "{Split} error at the last epoch: mean ± sample standard deviation over n seeds. Differences are this "
     "row's error minus {reference}'s of the same seed; negative is better. Their 95 % t-intervals are not "
     "corrected for the number of rows. η: propagations (forward-backward passes) per step of {baseline}, 1 "
-    "for SGD and 2 for SAM. Time: training seconds relative to {baseline}'s of the same seed (median), where both "
-    "are from one machine."
+    "for SGD and 2 for SAM. Time: training seconds relative to {baseline}'s of the same seed (median), where "
+    "both are from one machine."
 )
 MATRIX = (
     "{Split} error (%) at the last epoch: mean ± sample standard deviation over n seeds. * marks a "

@@ -40,23 +40,28 @@ def conf(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("protocol", "seeds"), [("quick", 10), ("cpu", 8)])
+@pytest.mark.parametrize(
+    ("protocol", "seeds"), [("quick", range(10)), ("cpu", range(8)), ("folds", range(2, 10))]
+)
 def test_every_table_under_the_small_protocols(protocol, seeds):
     tables, cells = gather(options(CONF, "table"), CONF, protocol, [])
+    validating = ("pilot", "tuning")
     for table in tables:
         for column in table.columns:
             for row in column.rows:
-                assert list(row.runs) == list(range(2 if table.name == "pilot" else seeds))
+                if column.name not in ("bf16", "fp32"):
+                    assert list(row.units) == list(range(2) if table.name in validating else seeds)
                 assert {cells[key].run.config["seed"]: key for key in row.runs.values()} == row.runs
             # Two rows of a column that are one run would be one method under two names.
             ids = list(chain.from_iterable(row.runs.values() for row in column.rows))
             assert len(set(ids)) == len(ids)
-            assert column.split == ("validation" if table.name == "pilot" else "test")
+            assert column.split == ("validation" if table.name in validating else "test")
     by_name = {table.name: table for table in tables}
-    assert "noise-0.2" in {column.name for column in by_name["label_noise"].columns} or protocol == "cpu"
+    assert "noise-0.2" in {column.name for column in by_name["label_noise"].columns} or protocol != "quick"
     # A run of several tables is one run.
     overview, constant = (by_name[name].columns[0].rows for name in ("overview", "constant"))
-    assert overview[0].runs == constant[0].runs and cells[constant[0].runs[0]].table == "constant"
+    assert overview[0].runs == constant[0].runs
+    assert cells[constant[0].runs[seeds[0]]].table == "budget"  # the first by name
 
 
 @pytest.mark.parametrize("table", ["overview", "imagenet"])
@@ -70,10 +75,12 @@ def test_tables_under_the_papers_protocol(table):
         assert (cell.run.choices["dataset"], config["epochs"], rho) == expected
 
 
-def test_seeds_are_copies_of_what_hydra_composes():
-    given = ["protocol=quick", "method=grst", "schedule=linear", "schedule.p=0.25", "epochs=3"]
+@pytest.mark.parametrize("protocol", ["quick", "folds"])
+def test_seeds_are_copies_of_what_hydra_composes(protocol):
+    given = [f"protocol={protocol}", "method=grst", "schedule=linear", "schedule.p=0.25", "epochs=3"]
     first, second = cells_of([*given, "seed=3,1"])
     assert (first.run.config["seed"], second.run.config["seed"]) == (3, 1)
+    assert second.run.config["dataset"].get("fold") == (1 if protocol == "folds" else None)
     cfg = compose("train", second.overrides, return_hydra_config=True)
     with open_dict(cfg):
         hydra_cfg = cfg.pop("hydra")
@@ -129,6 +136,41 @@ def test_seeds_are_those_given_else_the_tables_else_the_protocols(conf):
     assert seeds(["seed=5"], seeds="7,8") == [5]
     assert seeds([], seeds="7,8") == [7, 8]
     assert seeds([]) == list(range(10))
+
+
+def test_a_seed_is_a_part_of_the_data_under_folds():
+    """SGD and SAM have two runs on each part, others one, which is paired with the mean of the two."""
+    (table,), cells = gather(["budget"], CONF, "folds", [])
+    rows = {row.label: row for row in table.columns[0].rows}
+    assert list(rows["SGD"].units) == list(rows["SGD × 2 epochs"].units) == list(range(2, 10))
+    second, twelfth = (cells[run].run.config for run in rows["SGD"].units[2])
+    assert (second["seed"], twelfth["seed"], twelfth["dataset"]["fold"]) == (2, 12, 12)
+    assert (rows["SGD"].folds, rows["SAM"].folds) == (10, 10)
+    assert "folds 10" in table.columns[0].setting and "fold 2" not in table.columns[0].setting
+
+
+def test_rows_of_more_or_fewer_epochs(conf):
+    rows = [SGD, {"label": "longer", "overrides": ["method=sgd"], "epochs_factor": 1.5}, SAM]
+    (table,), cells = gather(["t"], conf(rows=rows), "quick", ["epochs=5", "seed=0"])
+    longer = table.columns[0].rows[1]
+    assert longer.epochs_factor == 8 / 5  # rounded to whole epochs
+    assert cells[longer.runs[0]].run.config["epochs"] == 8 and "epochs=8" in longer.command
+    assert "5 epochs" in table.columns[0].setting
+
+
+def test_a_columns_seeds_come_before_a_rows_and_those_before_the_tables(conf):
+    columns = {"one": {"a": ["seed=range(5,7)"], "b": []}}
+    (table,), _ = gather(["t"], conf(columns, rows=[SGD, SAM | {"seeds": "3"}], seeds="1,2"), "quick", [])
+    assert [[list(row.runs) for row in column.rows] for column in table.columns] == [
+        [[5, 6], [5, 6]], [[1, 2], [3]],
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("protocol", ["quick", "cpu", "folds"])
+def test_half_the_radius_is_half_the_protocols(protocol):
+    (table,), cells = gather(["budget"], CONF, protocol, ["seed=2"])
+    rho = {row.label: cells[row.runs[2]].run.config["method"].get("rho") for row in table.columns[0].rows}
+    assert rho["SAM at ρ/2"] == rho["SAM"] / 2
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import pytest
 from sample_runs import column, records, results, table
@@ -66,6 +67,16 @@ def test_nothing_is_claimed_of_runs_that_are_missing_few_or_equal():
     assert (two.verdict(two.p), two.p) == ("undecided", 1)
     assert outcome(minus="SGD", below=0).p == 1  # −3 with every seed
     assert outcome(metric="lambda_max", below=0).verdict(0) == "not run"  # not measured
+
+
+def test_a_second_run_on_a_part_must_be_there():
+    asked = column()
+    asked.rows[:] = [replace(row, folds=3) for row in asked.rows]
+    claim = Claim(**RST_ABOVE_SAM, below=9)
+    found = evaluate(claim, asked, records().joined)
+    assert (found.estimate.n, found.untested) == (3, "")
+    assert found.estimate.mean == pytest.approx(((0 + 1) / 2 + (2 + 1) / 2 + 1) / 3)
+    assert evaluate(claim, asked, records(results()[:-1]).joined).untested == "partial"
 
 
 def test_contradictions_are_refused():

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -46,6 +48,29 @@ def test_a_table_of_random_numbers_is_what_scipy_makes_of_them():
         assert (error.low, error.high) == pytest.approx((expected.low, expected.high))
     gap, expected = estimate_of(frame.loc["RST"], "difference_to_SAM"), stats.ttest_rel(draws[2], draws[1])
     assert (gap.low, gap.high) == pytest.approx(tuple(expected.confidence_interval(0.95)))
+
+
+def test_propagations_are_per_step_of_the_baseline():
+    """A row of half as many epochs has half as many steps."""
+    asked = table()
+    asked.columns[0].rows[1] = replace(asked.columns[0].rows[1], epochs_factor=0.5)
+    frame = frame_of(asked=asked)
+    assert frame.loc["SAM", ["eta.mean", "eta_expected.mean"]].tolist() == [1, 1]
+    assert frame.loc["SGD", "eta.mean"] == 1
+
+
+def test_rows_are_paired_by_part_of_the_data():
+    """Seeds 0 … 4 on parts 0, 1, 0, 1, 0 of 2: SAM − SGD are −3, −5, −4, −4, −4; RST has one run a part."""
+    asked = table()
+    rows = [replace(row, folds=2) for row in asked.columns[0].rows]
+    rows[2] = replace(rows[2], runs={seed: rows[2].runs[seed] for seed in (0, 1)})
+    asked.columns[0].rows[:] = rows
+    frame = frame_of(asked=asked)
+    gap = estimate_of(frame.loc["SAM"], "difference_to_SGD")
+    assert (gap.mean, gap.n) == (pytest.approx(((-3 - 4 - 4) / 3 + (-5 - 4) / 2) / 2), 2)
+    gap = estimate_of(frame.loc["RST"], "difference_to_SAM")
+    assert gap.mean == pytest.approx(((7 - (7 + 8 + 10) / 3) + (8 - (6 + 9) / 2)) / 2)
+    assert frame["n_expected"].tolist() == [2, 2, 2] and frame["status"].tolist() == ["complete"] * 3
 
 
 def test_no_row_differs_from_itself():
