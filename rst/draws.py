@@ -6,6 +6,7 @@ import torch
 
 # The numbers are part of every recorded result: append, never renumber.
 STREAMS = {"coin": 0, "init": 1, "order": 2, "augment": 3, "model": 4, "split": 5, "label_noise": 6}
+STREAMS |= {"offset": 7}
 
 
 def draw(seed: int, stream: str, index: int = 0) -> int:

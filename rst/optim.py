@@ -5,7 +5,7 @@ import re
 import warnings
 import weakref
 from collections.abc import Callable, Generator, Iterator, MutableMapping, Sequence
-from contextlib import closing, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from numbers import Integral, Real
 from typing import Any, Literal
 
@@ -16,21 +16,29 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from rst.joint import Joint
 from rst.passes import (
-    accumulating,
     buffers_kept,
     can_skip_averaging,
     check_module,
     gradients_kept,
+    mixed,
     random_state,
+    require_gradients,
     set_random_state,
     true_gradient,
     versions_of,
 )
-from rst.perturbation import Perturbation, divide, local, total_norm
-from rst.schedule import Constant, Schedule, expected_propagations, uniform
+from rst.perturbation import Perturbation, total_norm
+from rst.schedule import (
+    Constant,
+    Sampling,
+    Schedule,
+    Systematic,
+    expected_propagations,
+    propagations_std,
+    uniform,
+)
 
 Pass = Literal["clean", "perturbed"]
-COUNTERS = ("steps", "sam_steps", "propagations")
 
 
 class RST(Joint):
@@ -77,6 +85,9 @@ class RST(Joint):
         sync_perturbation: under DistributedDataParallel, average ∇L(θ) over the ranks before ε is taken.
             Otherwise each rank perturbs along its own gradient and a SAM step all-reduces once, as the
             authors do (m-sharpness). With sharded parameters (`fully_shard`) it is always averaged.
+        sampling: "independent" decides each step by a coin of its own; "systematic" spreads the SAM steps
+            evenly at the same p(t), so that their number is within 1 of Σ p(t), see
+            `rst.schedule.Systematic`.
         module: the model, wrapped in DistributedDataParallel where it is, for its buffers, its
             `true_gradient` attributes and its `no_sync`. Without it, buffers move in both passes.
         seed: of the coin; the same on every rank.
@@ -90,6 +101,13 @@ class RST(Joint):
         has_gradient: whether `.grad` holds a step's gradient that `step` has not used yet.
     """
 
+    SAVED: tuple[str, ...] = (
+        "steps",
+        "sam_steps",
+        "propagations",
+    )  # attributes that a resumed run goes on from
+    decides_late = False  # whether `_confirm` may say no
+
     def __init__(
         self,
         base: Optimizer | Sequence[Optimizer],
@@ -101,6 +119,7 @@ class RST(Joint):
         adaptive: bool = False,
         mix: Literal["gradient", "normalized"] = "gradient",
         sync_perturbation: bool = False,
+        sampling: Sampling = "independent",
         module: nn.Module | None = None,
         seed: int = 0,
     ) -> None:
@@ -108,6 +127,8 @@ class RST(Joint):
             raise ValueError(f"total_steps must be a whole number of at least 1, got {total_steps!r}")
         if mix not in ("gradient", "normalized"):
             raise ValueError(f"mix must be 'gradient' or 'normalized', got {mix!r}")
+        if sampling not in ("independent", "systematic"):
+            raise ValueError(f"sampling must be 'independent' or 'systematic', got {sampling!r}")
         uniform(seed, 0)  # refuses a bad seed now, not at the first step
         if not isinstance(schedule, Real) and not callable(schedule):
             raise TypeError(
@@ -125,14 +146,28 @@ class RST(Joint):
         self.adaptive = adaptive
         self.mix = mix
         self.sync_perturbation = sync_perturbation
+        self.sampling = sampling
         self.module = module
         self.seed = seed
-        self.steps = self.sam_steps = self.propagations = 0
+        self.steps = self.sam_steps = 0
+        self.propagations: float = 0
         self.has_gradient = False
+        systematic = Systematic(self.schedule, total_steps, seed)
+        self._systematic = systematic if sampling == "systematic" else None
         self._perturbation = Perturbation()
         self._loop: weakref.ref[Any] | None = None
         # Gradients that `step` has used, with their counts of changes then.
         self._spent: MutableMapping[Tensor, tuple[int, int]] = {}
+
+    @property
+    def expected_propagations(self) -> float | None:
+        """Of the whole run; None where only the run can tell."""
+        return expected_propagations(self.schedule, self.total_steps)
+
+    @property
+    def propagations_std(self) -> float | None:
+        """Standard deviation of a run's number of propagations; None where only the run can tell."""
+        return propagations_std(self.schedule, self.total_steps, self.sampling)
 
     def passes(self) -> Generator[Pass, None, None]:
         """The passes of this step, for a loop whose body computes the loss and calls `backward()`.
@@ -163,13 +198,14 @@ class RST(Joint):
 
     def gradient(self, closure: Callable[[], Any]) -> Any:
         """`passes` with `closure`, which computes the loss, calls `backward()` and returns the loss, as the
-        body of the loop. Returns what it returned in the clean pass: the loss at θ, not at θ + ε."""
-        loss = None
+        body of the loop. Returns what it returned in the first pass: the loss at θ, not at θ + ε."""
         with torch.enable_grad(), closing(self.passes()) as passes:
-            for which in passes:
-                result = closure()
-                loss = result if which == "clean" else loss
+            loss, *_ = [closure() for _ in passes]
         return loss
+
+    def images(self, n: int) -> int:
+        """How many of a batch of n images this pass is to propagate: all. A rival may ask for fewer."""
+        return n
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """The base optimizer's step along `.grad`, which the next `passes` clears. With a closure,
@@ -200,65 +236,54 @@ class RST(Joint):
         self.has_gradient = False
 
     def _passes(self) -> Generator[Pass, None, None]:
-        is_sam = self._is_sam_step()
+        is_sam = self._decide()
         self._refuse_to_drop_gradients()
         self.zero_grad()
         try:
             if is_sam:
-                yield from self._sam_passes()
+                is_sam = yield from self._sam_passes()
             else:
                 yield "clean"
-                self._require_gradients()
+                require_gradients(self._gradients())
+                self._complete()
         except BaseException:
             self.zero_grad()
             raise
         self.steps += 1
         self.sam_steps += is_sam
-        self.propagations += 1 + is_sam
+        self.propagations += self._cost(is_sam)
         self.has_gradient = True
 
-    def _sam_passes(self) -> Generator[Pass, None, None]:
+    def _sam_passes(self) -> Generator[Pass, None, bool]:
+        """The passes of a SAM step. Returns whether it was one after all, see `_confirm`."""
         devices = {p.device for p in self._parameters()}
         before = random_state(devices)
         module: Any = self.module
         others = self._parameters_of_others()
         is_local = not self.sync_perturbation and can_skip_averaging(module, self._parameters(), bool(others))
-        with true_gradient(module), module.no_sync() if is_local else nullcontext():
+        with (
+            true_gradient(None if self.decides_late else module),
+            module.no_sync() if is_local else nullcontext(),
+        ):
             yield "clean"
-        self._require_gradients()
-        parameters = [p for p in self._parameters() if p.grad is not None]
+        require_gradients(self._gradients())
+        if not self._confirm():
+            self._complete()
+            return False
         after = random_state(devices)
         try:
-            with self._perturbation.applied(list(self._groups()), self.adaptive):
-                kept = self._keep_share_of_clean_gradient(parameters)
+            with self._perturbation.applied(list(self._groups()), self.adaptive), self._combine(is_local):
                 set_random_state(before)
-                with buffers_kept(module), gradients_kept(others), accumulating(kept, is_local):
+                with buffers_kept(module), gradients_kept(others):
                     yield "perturbed"
         finally:
             set_random_state(after)
-        self._require_gradients()
-        if self.gamma != 1:
-            with torch.no_grad():
-                torch._foreach_mul_([local(grad) for grad in self._gradients()], self.gamma)
-        for p in parameters:
-            if p.grad is None:  # used in the clean pass only, so ∇L(θ + ε) is 0 there
-                p.grad = torch.zeros_like(p)
+        return True
 
-    @torch.no_grad()
-    def _keep_share_of_clean_gradient(self, parameters: list[Tensor]) -> list[Tensor]:
-        """Scale ∇L(θ) so that γ·(what is kept + ∇L(θ + ε)) is the mix: it needs no second buffer. Returns the
-        parameters whose gradient is kept, none for γ = 1."""
-        if self.gamma == 1:
-            self.zero_grad()  # their memory is free for the perturbed pass
-            return []
-        share = (1 - self.gamma) / self.gamma
-        factor: Any = share
-        if self.mix == "normalized":
-            factor = divide(share, total_norm(self._gradients()))
-        torch._foreach_mul_([local(grad) for grad in self._gradients()], factor)
-        return parameters
+    # What a method that saves SAM's second propagation in another way does differently: see `rst.rivals`.
 
-    def _is_sam_step(self) -> bool:
+    def _decide(self) -> bool:
+        """Before the clean pass: whether this is to be a SAM step."""
         if self.steps >= self.total_steps:
             raise ValueError(
                 f"step {self.steps + 1} is past the end of the run: total_steps={self.total_steps}"
@@ -266,7 +291,28 @@ class RST(Joint):
         p = self.schedule(self.steps, self.total_steps)
         if not -1e-9 <= p <= 1 + 1e-9:
             raise ValueError(f"the schedule gave p = {p} at step {self.steps}, which is no probability")
-        return uniform(self.seed, self.steps) < p
+        return (
+            uniform(self.seed, self.steps) < p if self._systematic is None else self._systematic(self.steps)
+        )
+
+    def _confirm(self) -> bool:
+        """After the clean pass of what is to be a SAM step, with ∇L(θ) in `.grad`: whether it is one."""
+        return True
+
+    def _combine(self, is_local: bool) -> AbstractContextManager[None]:
+        """Around the perturbed pass: finds ∇L(θ) in `.grad`, leaves the step's gradient there.
+
+        Args:
+            is_local: whether ∇L(θ) is this rank's own, and is to be averaged together with ∇L(θ + ε).
+        """
+        return mixed(list(self._parameters()), self.gamma, self.mix, is_local)
+
+    def _complete(self) -> None:
+        """After the pass of a plain step: turn ∇L(θ) in `.grad` into the step's gradient."""
+
+    def _cost(self, is_sam: bool) -> float:
+        """Propagations of a step."""
+        return 1 + is_sam
 
     def _refuse_to_drop_gradients(self) -> None:
         """After a step all are spent. These checks wait for the device, so only where some are not."""
@@ -284,16 +330,6 @@ class RST(Joint):
                 "passes() would drop the gradients of a backward() outside it: call backward() in the loop "
                 "over passes(), also to accumulate micro-batches, or drop them by zero_grad()"
             )
-
-    def _require_gradients(self) -> None:
-        grads = self._gradients()
-        if not grads:
-            raise RuntimeError(
-                "a pass left no gradients: the body of the loop over passes() (or the closure) must call "
-                "backward() on the loss"
-            )
-        if any(grad.is_sparse for grad in grads):
-            raise TypeError("RST does not take sparse gradients: make the embedding with sparse=False")
 
     def _groups(self) -> Iterator[tuple[list[Tensor], float]]:
         """Each group's parameters and ρ."""
@@ -330,13 +366,15 @@ class RST(Joint):
     def extra_state(self) -> dict[str, Any]:
         """What a resumed run goes on from, and what it should have in common with the run that was saved."""
         schedule = re.sub(r" at 0x[0-9a-f]+", "", repr(self.schedule))
-        counters = {name: getattr(self, name) for name in COUNTERS}
-        return {**counters, "seed": self.seed, "total_steps": self.total_steps, "schedule": schedule}
+        if self._systematic is not None:
+            schedule += ", sampled systematically"
+        saved = {name: getattr(self, name) for name in self.SAVED}
+        return {**saved, "seed": self.seed, "total_steps": self.total_steps, "schedule": schedule}
 
     def load_extra_state(self, saved: dict[str, Any]) -> None:
         """Warns where the state was saved by a run of another seed, schedule or total_steps."""
         for name, value in self.extra_state().items():
-            if name in COUNTERS:
+            if name in self.SAVED:
                 setattr(self, name, saved[name])
             elif saved[name] != value:
                 warnings.warn(f"the saved run had {name}={saved[name]}, this one has {value}", stacklevel=3)

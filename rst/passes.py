@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.graph import register_multi_grad_hook
 
-from rst.perturbation import is_sharded, local
+from rst.perturbation import divide, is_sharded, local, total_norm
 
 NOT_THE_WRAPPER = (
     "RST's module is not the DistributedDataParallel wrapper, so a SAM step averages gradients twice, as "
@@ -65,6 +65,48 @@ def gradients_kept(parameters: Iterable[Tensor]) -> Iterator[None]:
     finally:
         for p, grad in kept:
             p.grad = grad
+
+
+@contextmanager
+def mixed(parameters: list[Tensor], gamma: float, mix: str, is_local: bool) -> Iterator[None]:
+    """Of gradients g on entering and g_s computed inside, (1 − γ) g + γ g_s on leaving, where `mix` is
+    "normalized" (1 − γ) g/‖g‖ + γ g_s. It needs no buffer: γ·(what is kept of g + g_s) is the mix.
+
+    Args:
+        parameters: a gradient that is missing on one side is zero there.
+        is_local: see `accumulating`.
+    """
+    clean = [p for p in parameters if p.grad is not None]
+    if gamma == 1:
+        for p in clean:
+            p.grad = None  # its memory is free for the perturbed pass
+    else:
+        factor: Any = (1 - gamma) / gamma
+        if mix == "normalized":
+            factor = divide(factor, total_norm([p.grad for p in clean]))  # type: ignore[misc]
+        with torch.no_grad():
+            torch._foreach_mul_([local(p.grad) for p in clean], factor)  # type: ignore[arg-type]
+    with accumulating([] if gamma == 1 else clean, is_local):
+        yield
+    grads = [p.grad for p in parameters if p.grad is not None]
+    require_gradients(grads)
+    if gamma != 1:
+        with torch.no_grad():
+            torch._foreach_mul_([local(grad) for grad in grads], gamma)
+    for p in clean:
+        if p.grad is None:
+            p.grad = torch.zeros_like(p)
+
+
+def require_gradients(grads: list[Tensor]) -> None:
+    """Refuse a pass that left none, or sparse ones."""
+    if not grads:
+        raise RuntimeError(
+            "a pass left no gradients: the body of the loop over passes() (or the closure) must call "
+            "backward() on the loss"
+        )
+    if any(grad.is_sparse for grad in grads):
+        raise TypeError("RST does not take sparse gradients: make the embedding with sparse=False")
 
 
 @contextmanager

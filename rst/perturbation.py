@@ -1,12 +1,16 @@
 """Weights moved from θ to θ + ε and back."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.utils import get_total_norm
+
+Direction = Callable[[Tensor], Any]  # of a parameter; None where it has none
+GRADIENT: Direction = attrgetter("grad")
 
 
 class Perturbation:
@@ -22,22 +26,25 @@ class Perturbation:
         self._overwritten: list[Tensor] = []
 
     @contextmanager
-    def applied(self, groups: Sequence[tuple[list[Tensor], float]], adaptive: bool) -> Iterator[None]:
+    def applied(
+        self, groups: Sequence[tuple[list[Tensor], float]], adaptive: bool, direction: Direction = GRADIENT
+    ) -> Iterator[None]:
         """θ + ε inside, θ after it: ε = ρ g/‖g‖, or ρ |θ|²g/‖|θ|·g‖ where `adaptive`. The norm is over all
         groups and all ranks' shards together.
 
         Args:
-            groups: parameters and their ρ. Those without a gradient g stay where they are.
+            groups: parameters and their ρ. Those without a g stay where they are.
+            direction: g, the gradient unless given. It is asked for again rather than kept.
         """
-        with_gradient = [
-            ([p for p in parameters if p.requires_grad and p.grad is not None], rho)
+        moved = [
+            ([p for p in parameters if p.requires_grad and direction(p) is not None], rho)
             for parameters, rho in groups
         ]
         try:
             with torch.no_grad():
-                norm = self._norm([p for parameters, _ in with_gradient for p in parameters], adaptive)
-                for parameters, rho in with_gradient:
-                    self._apply(parameters, divide(rho, norm), adaptive)
+                norm = self._norm([p for parameters, _ in moved for p in parameters], adaptive, direction)
+                for parameters, rho in moved:
+                    self._apply(parameters, divide(rho, norm), adaptive, direction)
             torch.clear_autocast_cache()  # of low-precision copies of the weights
             yield
         finally:
@@ -45,8 +52,8 @@ class Perturbation:
                 self._revert()
             torch.clear_autocast_cache()
 
-    def _norm(self, parameters: Sequence[Tensor], adaptive: bool) -> Tensor:
-        tensors: list[Any] = [p.grad for p in parameters]
+    def _norm(self, parameters: Sequence[Tensor], adaptive: bool, direction: Direction) -> Tensor:
+        tensors = [direction(p) for p in parameters]
         if adaptive:
             tensors = [
                 p * g if is_sharded(p) else torch.mul(p, g, out=self._copy(p))
@@ -54,13 +61,15 @@ class Perturbation:
             ]
         return total_norm(tensors)
 
-    def _apply(self, parameters: Sequence[Tensor], scale: Tensor, adaptive: bool) -> None:
+    def _apply(
+        self, parameters: Sequence[Tensor], scale: Tensor, adaptive: bool, direction: Direction
+    ) -> None:
         """θ ← θ + scale·g, or θ + scale·|θ|²·g where `adaptive`. `scale`: a scalar, on any device."""
         for p in filter(_may_swap, parameters):
-            copy, direction = self._copy(p), p.grad
+            copy, step = self._copy(p), direction(p)
             if adaptive:
-                direction = torch.mul(p, p.grad, out=copy).mul_(p.conj())  # type: ignore[arg-type]
-            torch.addcmul(p, direction, scale.to(p.device), out=copy)  # type: ignore[arg-type]
+                step = torch.mul(p, step, out=copy).mul_(p.conj())
+            torch.addcmul(p, step, scale.to(p.device), out=copy)
             self._swap(p)
             self._swapped.append(p)
         others = [p for p in parameters if not _may_swap(p)]
@@ -69,9 +78,9 @@ class Perturbation:
             torch._foreach_copy_([self._copy(p) for p in others], thetas)
             self._overwritten += others  # now that there is something to go back to
             for theta, p in zip(thetas, others, strict=True):
-                grad = local(p.grad, p)  # type: ignore[arg-type]
-                direction = grad * theta * theta.conj() if adaptive else grad
-                theta.addcmul_(direction, scale.to(theta.device))
+                step = local(direction(p), p)
+                step = step * theta * theta.conj() if adaptive else step
+                theta.addcmul_(step, scale.to(theta.device))
 
     def _revert(self) -> None:
         for p in self._swapped:
@@ -120,6 +129,13 @@ def total_norm(tensors: Sequence[Tensor]) -> Tensor:
     return norms[0] if len(norms) == 1 else get_total_norm(norms)
 
 
-def divide(numerator: float, norm: Tensor) -> Tensor:
+def total_dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
+    """⟨a, b⟩ of all of them together, of DTensors over all ranks; of complex numbers its real part."""
+    products: list[Any] = [torch.sum(x.conj() * y).real for x, y in zip(a, b, strict=True)]
+    products = [x.full_tensor() if is_sharded(x) else x for x in products]
+    return torch.stack([x.to(products[0].device) for x in products]).sum()
+
+
+def divide(numerator: float | Tensor, norm: Tensor) -> Tensor:
     """numerator / norm, and 0 for a gradient of norm 0: without a direction there is no perturbation."""
     return torch.where(norm > 0, numerator / norm, 0.0)

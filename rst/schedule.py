@@ -10,14 +10,16 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Integral, Real
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 
 from rst.draws import draw
 
 Schedule = Callable[[int, int], float]
+Sampling = Literal["independent", "systematic"]
 Steps = int | np.ndarray
+UNIT = 2**53  # of probabilities as whole numbers
 
 
 def uniform(seed: int, step: int) -> float:
@@ -27,6 +29,34 @@ def uniform(seed: int, step: int) -> float:
     agree, and for a given seed the SAM steps of a smaller p(t) are a subset of those of a larger one.
     """
     return (draw(seed, "coin", step) >> 11) * 2.0**-53
+
+
+class Systematic:
+    """Systematic sampling in place of a coin per step: with S_t = Σ_{s≤t} p(s) and one offset U for the run,
+    uniform on [0, 1), step t is a SAM step iff ⌊S_t + U⌋ > ⌊S_{t−1} + U⌋.
+
+    It is one with probability p(t), too, but the SAM steps of any stretch of the run are within 1 of their
+    expected number. The sums are of whole numbers, so that a run decides alike however it is resumed.
+    """
+
+    def __init__(self, schedule: Schedule, total_steps: int, seed: int) -> None:
+        self.schedule, self.total_steps, self.seed = schedule, total_steps, seed
+        self._rewind()
+
+    def __call__(self, step: int) -> bool:
+        """Whether `step` is a SAM step."""
+        if step < self._step:
+            self._rewind()
+        while self._step < step:
+            self._sum += self._p(self._step)
+            self._step += 1
+        return (self._sum + self._p(step)) // UNIT > self._sum // UNIT
+
+    def _rewind(self) -> None:
+        self._step, self._sum = 0, draw(self.seed, "offset") >> 11  # S_{step−1} + U
+
+    def _p(self, step: int) -> int:
+        return round(min(max(self.schedule(step, self.total_steps), 0.0), 1.0) * UNIT)
 
 
 def expected_propagations(schedule: Schedule, total_steps: int) -> float:
@@ -40,13 +70,16 @@ def expected_propagations(schedule: Schedule, total_steps: int) -> float:
     return total_steps + math.fsum(_probabilities(schedule, total_steps))
 
 
-def propagations_std(schedule: Schedule, total_steps: int) -> float:
-    """Standard deviation of a run's number of propagations: √Σ p(t)(1 − p(t)), as the coins are independent.
+def propagations_std(schedule: Schedule, total_steps: int, sampling: Sampling = "independent") -> float:
+    """Standard deviation of a run's number of propagations: √Σ p(t)(1 − p(t)) for independent coins, and for
+    systematic sampling √r(1 − r), r being the fractional part of Σ p(t).
 
     Raises:
         ValueError: `total_steps` is less than 1.
     """
     p = _probabilities(schedule, total_steps)
+    if sampling == "systematic":
+        p = np.array([math.fsum(p) % 1.0])
     return math.sqrt(max(0.0, math.fsum(p * (1 - p))))
 
 
@@ -170,6 +203,26 @@ class Periodic:
 
     def __call__(self, step: Steps, total_steps: int) -> Any:
         return 1.0 * (step % self.every == 0)
+
+
+@dataclass(frozen=True)
+class Window:
+    """p(t) = 1 for start·T ≤ t < end·T, else 0.
+
+    Args:
+        start, end: fractions of the run.
+    """
+
+    start: float
+    end: float
+
+    def __post_init__(self) -> None:
+        _check_probabilities(start=self.start, end=self.end)
+        if self.start > self.end:
+            raise ValueError(f"the schedule's start={self.start} must not be above its end={self.end}")
+
+    def __call__(self, step: Steps, total_steps: int) -> Any:
+        return 1.0 * ((self.start * total_steps <= step) & (step < self.end * total_steps))
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from reference import assert_close, assert_same_bits, batches, network, sgd, state
+from test_rivals import RIVALS
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 
@@ -94,6 +95,29 @@ def train(case, rank, rule):
     }
 
 
+def train_rival(name, rank, ranks=RANKS):
+    """The weights, propagations and reductions; the ranks' gradients are views of buckets."""
+    model = build("rivals")
+    reductions = []
+
+    def count(group, bucket):
+        reductions[-1] += 1
+        return allreduce_hook(group, bucket)
+
+    if ranks > 1:
+        model = DistributedDataParallel(model, gradient_as_bucket_view=True)
+        model.register_comm_hook(None, count)
+    optimizer = RIVALS[name](sgd(model.parameters()), module=model)
+    for t in range(STEPS):
+        reductions.append(0)
+        x, y = shard(t, rank, ranks)
+        for _ in optimizer.passes():
+            n = optimizer.images(len(x))
+            loss_of(model, x[:n], y[:n])
+        optimizer.step()
+    return [p.detach().clone() for p in model.parameters()], optimizer.propagations, reductions
+
+
 def train_unwrapped(rank):
     """`module` is not the wrapper. The warnings of three steps, and the weights."""
     ddp = DistributedDataParallel(build("raw"))
@@ -157,6 +181,7 @@ def train_rank(rank, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=RANKS)
     results = {case: train(case, rank, rule) for case, rule in CASES.items()}
+    results["rivals"] = {name: train_rival(name, rank) for name in RIVALS}
     results["unwrapped"] = train_unwrapped(rank)
     results["buffers"] = [buffers(rank, sync) for sync in (False, True)]
     results["refusals"] = refusals(rank)
@@ -222,6 +247,20 @@ def test_two_processes(case, trained):
         assert result["sam_steps"] == sum(X)
         if not sync:
             assert result["losses"] == pytest.approx([loss[rank] for loss in losses], rel=1e-12)
+
+
+@pytest.mark.parametrize("name", RIVALS)
+def test_rivals_in_two_processes(name, trained):
+    """The ranks agree; and where ε does not depend on a rank's own images, on what one process does. A pass
+    whose gradient is used, or stored, is averaged."""
+    weights, propagations, _ = train_rival(name, 0, ranks=1)
+    (zeroth, *others), (first, *same) = (result["rivals"][name] for result in trained)
+    assert_same_bits(zeroth, first)
+    assert others == same and others[0] == propagations
+    averaged = STEPS if name == "partial" else propagations
+    assert sum(others[1]) == averaged
+    if name != "partial":
+        assert_close(zeroth, weights, rtol=1e-12, atol=1e-12)
 
 
 def test_module_that_is_not_the_wrapper(trained):

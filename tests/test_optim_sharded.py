@@ -10,7 +10,8 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
-from reference import adamw, assert_close, assert_same_bits, batches
+from reference import adamw, assert_close, assert_same_bits, batches, sgd
+from test_rivals import RIVALS
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -88,6 +89,10 @@ RUNS = [(1, kind, case) for kind in KINDS for case in SOME]
 RUNS += [(RANKS, kind, case) for kind in KINDS for case in (SOME if kind == "partly parallel" else CASES)]
 
 
+# With tensor parallelism some gradients are sums still to be made over the ranks.
+SHARDED_RIVALS = [("sharded", name) for name in RIVALS] + [("parallel", "looksam"), ("parallel", "vsam")]
+
+
 def full(tensor):
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
@@ -124,6 +129,13 @@ def train(kind, case):
     return {"weights": weights(model), "sam_steps": optimizer.sam_steps}
 
 
+def train_rival(name, model, closure):
+    optimizer = RIVALS[name]((sgd if name == "msam" else adamw)(model.parameters()), module=model)
+    for t in range(STEPS):
+        optimizer.step(lambda t=t: closure(model, t))
+    return {"weights": weights(model), "propagations": optimizer.propagations}
+
+
 def collectives():
     """How often each kind is called in a plain step and in a SAM step."""
     counts = []
@@ -135,13 +147,18 @@ def collectives():
     return counts
 
 
-def resume(folder, options):
+def resume(folder, options, make=RST):
     """Weights of a run that went on, and of one resumed from what the first had saved; the counters."""
-    model, optimizer = start("sharded", gamma=2.0)
+
+    def begin():
+        model, optimizer = start("sharded", gamma=2.0)
+        return model, optimizer if make is RST else make(optimizer.base, module=model)
+
+    model, optimizer = begin()
     for t in range(3):
         optimizer.step(lambda t=t: loss_of(model, "sharded", t))
     saved = get_optimizer_state_dict(model, optimizer, options=options)
-    again, resumed = start("sharded", gamma=2.0)
+    again, resumed = begin()
     with torch.no_grad():
         for p, q in zip(again.parameters(), model.parameters(), strict=True):
             p.copy_(q)
@@ -204,8 +221,13 @@ def work(rank, folder):
         if world == 1:
             dist.destroy_process_group()
     results["collectives"] = collectives()
+    mesh = init_device_mesh("cpu", (RANKS,))
+    for kind, name in SHARDED_RIVALS:
+        model = KINDS[kind](build(kind), mesh)
+        results[kind, name] = train_rival(name, model, lambda m, t, kind=kind: loss_of(m, kind, t))
     for name, options in CHECKPOINTS.items():
         results[name] = resume(f"{folder}/{name}", options)
+        results[name, "rst-look"] = resume(f"{folder}/look-{name}", options, RIVALS["rst-look"])
     results["skipped"] = left_gradients(rank, torch.inf, has_step=True)
     results["foreign"] = left_gradients(rank, 1.0, has_step=False)
     torch.save(results, f"{folder}/{rank}.pt")
@@ -241,6 +263,14 @@ def test_sharded_steps_are_those_of_one_process(world, kind, case, trained):
         assert_close(result[world][kind, case]["weights"], weights(twin))
 
 
+@pytest.mark.parametrize(("kind", "name"), SHARDED_RIVALS)
+def test_sharded_rivals_are_those_of_one_process(kind, name, trained):
+    expected = train_rival(name, build(kind), lambda model, t: reference.loss_of(model, t))
+    for result in trained:
+        assert result[kind, name]["propagations"] == expected["propagations"]
+        assert_close(result[kind, name]["weights"], expected["weights"])
+
+
 def test_a_sam_step_gathers_and_scatters_twice_as_often(trained):
     """Parameters are gathered anew for each pass, and no more; the norm is one all-reduce."""
     for result in trained:
@@ -251,7 +281,7 @@ def test_a_sam_step_gathers_and_scatters_twice_as_often(trained):
         assert sum(n for kind, n in sam.items() if kind not in kinds) <= 1
 
 
-@pytest.mark.parametrize("name", CHECKPOINTS)
+@pytest.mark.parametrize("name", [*CHECKPOINTS, *((name, "rst-look") for name in CHECKPOINTS)], ids=str)
 def test_distributed_checkpoint(name, trained):
     for result in trained:
         counters, straight, resumed = result[name]

@@ -15,11 +15,12 @@ from rst import (
     Linear,
     Periodic,
     Piecewise,
+    Window,
     expected_propagations,
     propagations_std,
     uniform,
 )
-from rst.schedule import Warmup, linear1, linear2, piecewise1, piecewise2, piecewise3
+from rst.schedule import Systematic, Warmup, linear1, linear2, piecewise1, piecewise2, piecewise3
 
 PROBABILITY = st.floats(0, 1)
 STEPS = st.integers(1, 3000)
@@ -29,6 +30,7 @@ FAMILIES = st.one_of(
     st.builds(Linear, PROBABILITY, PROBABILITY),
     st.builds(Cosine, PROBABILITY, PROBABILITY),
     st.builds(Periodic, st.integers(1, 50)),
+    st.tuples(PROBABILITY, PROBABILITY).map(lambda ends: Window(min(ends), max(ends))),
 )
 SCHEDULES = FAMILIES | st.builds(Warmup, FAMILIES, st.integers(0, 4000))
 
@@ -67,6 +69,12 @@ def test_cosine_periodic_and_warmup_by_hand():
     assert cosine(1, 4) == pytest.approx(0.6 - 0.4 * math.sqrt(0.5))
     assert [Periodic(3)(t, 8) for t in range(8)] == [1, 0, 0, 1, 0, 0, 1, 0]
     assert [Warmup(Linear(0, 1), 2)(t, 4) for t in range(4)] == [0, 0, 0.5, 0.75]
+
+
+def test_window_by_hand():
+    assert [Window(0.25, 0.75)(t, 8) for t in range(8)] == [0, 0, 1, 1, 1, 1, 0, 0]
+    assert all(Window(0, 1)(t, 7) == 1 and Window(0.5, 0.5)(t, 7) == 0 for t in range(7))
+    assert expected_propagations(Window(0.6, 0.85), 1000) == 1250
 
 
 @given(SCHEDULES, STEPS)
@@ -144,6 +152,8 @@ def test_rising_families_take_their_sam_steps_late():
         (lambda: Linear.with_mean(-0.1), "p must be a number in [0, 1], got -0.1"),
         (lambda: Piecewise(0, 1, boundary=2), "boundary must be a number in [0, 1], got 2"),
         (lambda: Cosine(0, 1.01), "end must be a number in [0, 1], got 1.01"),
+        (lambda: Window(0.9, 0.5), "start=0.9 must not be above its end=0.5"),
+        (lambda: Window(0.5, 1.5), "end must be a number in [0, 1], got 1.5"),
         (lambda: Periodic(0), "every must be a whole number of steps ≥ 1, got 0"),
     ],
 )
@@ -184,3 +194,38 @@ def test_sam_steps_of_a_smaller_p_are_a_subset():
 def test_a_seed_is_a_non_negative_integer():
     with pytest.raises(ValueError, match="got -1"):
         uniform(-1, 0)
+
+
+@given(SCHEDULES, st.integers(1, 300), st.integers(0, 5))
+def test_systematic_sampling_takes_as_many_sam_steps_as_expected(schedule, total_steps, seed):
+    """To within one, in every stretch of the run; and where p is 0 or 1, that is what it does."""
+    decide = Systematic(schedule, total_steps, seed)
+    p = [schedule(t, total_steps) for t in range(total_steps)]
+    X = [decide(t) for t in range(total_steps)]
+    ahead = np.cumsum(X) - np.cumsum(p)
+    assert ahead.max() - ahead.min() < 1 + 1e-9 and abs(ahead[-1]) < 1 + 1e-9
+    assert all(x == (q == 1) for x, q in zip(X, p, strict=True) if q in (0, 1))
+
+
+def test_systematic_sampling_has_the_schedule_s_probabilities():
+    """Over seeds: each step's frequency is within 4 standard deviations of p(t), and the number of SAM steps
+    varies as `propagations_std` says."""
+    schedule, total_steps, seeds = Linear(0.1, 0.6), 25, 500
+    X = np.array(
+        [[Systematic(schedule, total_steps, seed)(t) for t in range(total_steps)] for seed in range(seeds)]
+    )
+    p = schedule(np.arange(total_steps), total_steps)
+    assert (abs(X.mean(0) - p) < 4 * np.sqrt(p * (1 - p) / seeds)).all()
+    std = propagations_std(schedule, total_steps, "systematic")
+    assert std == pytest.approx(0.5) and abs(X.sum(1).std() / std - 1) < 0.01  # Σp = 8.5
+    assert propagations_std(schedule, total_steps) > 2
+
+
+def test_systematic_sampling_can_begin_anywhere():
+    """Like a run that is resumed, and resumed again from an earlier checkpoint."""
+    whole = Systematic(Cosine(0.1, 0.9), 200, 3)
+    X = [whole(t) for t in range(200)]
+    for start in (150, 30, 30):
+        resumed = Systematic(Cosine(0.1, 0.9), 200, 3)
+        assert [resumed(t) for t in range(start, 200)] == X[start:]
+        assert [whole(t) for t in range(start, 200)] == X[start:]
