@@ -102,16 +102,17 @@ def reproduce(
 
 
 def run_all(cells: Sequence[Cell], total: int, launcher: Launcher) -> None:
-    """Run the cells and show the progress; `total` includes the runs that are complete. Table by table, then
-    seed by seed, so that what has run at any time can be compared, then the longest first. A run that fails
-    has a `Run.failure` afterwards. One that another process is working on is waited for.
+    """Run the cells and show the progress; `total` includes the runs that are complete. Column by column and
+    seed by seed, so that what has run at any time can be compared; of a seed, the longest first. A run that
+    fails has a `Run.failure` afterwards. One that another process is working on is waited for.
 
     A killed process takes its launcher's whole batch down. The runs that had begun then resume one at a time,
     so that only the one at fault fails, and the others as a batch again.
     """
     work = {cell.run.id: cost_of(cell.run.config).work for cell in cells}
-    places = {table: i for i, table in enumerate(dict.fromkeys(cell.table for cell in cells))}
-    pending = sorted(cells, key=lambda c: (places[c.table], c.run.config["seed"], -work[c.run.id]))
+    columns = list(dict.fromkeys((cell.table, cell.column) for cell in cells))
+    places = {cell.run.id: columns.index((cell.table, cell.column)) for cell in cells}
+    pending = sorted(cells, key=lambda c: (places[c.run.id], c.run.config["seed"], -work[c.run.id]))
     for cell in cells:
         (cell.run.folder / "failed.json").unlink(missing_ok=True)
     suspects: set[str] = set()

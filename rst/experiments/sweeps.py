@@ -60,12 +60,13 @@ class TableSpec:
 
 @dataclass(frozen=True)
 class Cell:
-    """A run, the overrides that make `train.py` do it, and where it belongs in a table: the table's name, and
-    a title from column, row and seed. A run of several tables belongs to the first."""
+    """A run, the overrides that make `train.py` do it, and where it belongs: the table's name, the column's,
+    and a title from column, row and seed. A run of several tables belongs to the first."""
 
     overrides: list[str]
     run: Run
     table: str = ""
+    column: str = ""
     title: str = ""
 
 
@@ -211,7 +212,7 @@ def gather(
                     run, seed = cell.run, cell.run.config["seed"]
                     runs[seed] = run.id
                     title = " / ".join(filter(None, [name, shown, f"{row.label}, seed {seed}"]))
-                    cells.setdefault(run.id, replace(cell, table=name, title=title))
+                    cells.setdefault(run.id, replace(cell, table=name, column=column, title=title))
                 command = _train(["-m", *(text for text in overrides if not text.startswith("outputs="))])
                 rows.append(Row(row.label, command, runs, row.published, row.source, factor, _folds(run)))
                 if row.label == spec.baseline:
