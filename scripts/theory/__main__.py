@@ -1,7 +1,9 @@
 """Test the predictions of docs/theory.md, through the real RST (make theory)."""
 
 import argparse
+import hashlib
 import os
+import pickle
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import partial
@@ -24,19 +26,23 @@ FOLDER = ROOT / "results" / "theory"
 Task = tuple[Callable[[], Any], int]  # what to do, and how many steps of how many runs that is
 
 
-def run_all(tasks: Mapping[Any, Task], jobs: int) -> dict[Any, Any]:
-    """What each task returns, largest first, with a bar that counts steps."""
-    order = sorted(tasks, key=lambda key: -tasks[key][1])
+def run_all(tasks: Mapping[Any, Task], jobs: int, kept: Path) -> dict[Any, Any]:
+    """What each task returns, largest first, with a bar that counts steps. Results stay in `kept`, for the
+    next call to go on from where this one was interrupted."""
+    kept.mkdir(parents=True, exist_ok=True)
+    files = {key: kept / f"{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}.pickle" for key in tasks}
+    results = {key: pickle.loads(file.read_bytes()) for key, file in files.items() if file.exists()}  # noqa: S301
+    todo = sorted(tasks.keys() - results.keys(), key=lambda key: -tasks[key][1])
     context = get_context("forkserver")
     with (
         ProcessPoolExecutor(jobs, context, torch.set_num_threads, (1,)) as pool,
-        tqdm(total=sum(steps for _, steps in tasks.values()), unit="step", unit_scale=True) as bar,
+        tqdm(total=sum(tasks[key][1] for key in todo), unit="step", unit_scale=True) as bar,
     ):
-        started = {pool.submit(tasks[key][0]): key for key in order}
-        results = {}
+        started = {pool.submit(tasks[key][0]): key for key in todo}
         for future in as_completed(started):
             key = started[future]
             results[key] = future.result()
+            write_atomically(files[key], partial(pickle.dump, results[key]))
             bar.update(tasks[key][1])
     return results
 
@@ -92,7 +98,8 @@ def main() -> None:
     if not arguments.collect:
         made_with = provenance(torch.device("cpu"))
         tasks, records = experiments()
-        for name, frame in records(run_all(tasks, arguments.jobs)).items():
+        kept = ROOT / "outputs" / "theory" / str(made_with["commit"])
+        for name, frame in records(run_all(tasks, arguments.jobs, kept)).items():
             frame["commit"] = f"{made_with['commit']}{'+changes' * bool(made_with['dirty'])}"
             frame["torch"], frame["device"] = made_with["versions"]["torch"], made_with["device_name"]
             write_text(FOLDER / f"{name}.csv", frame.to_csv(index=False, lineterminator="\n"))

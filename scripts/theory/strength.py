@@ -39,14 +39,11 @@ class Setting:
 
 
 SETTINGS = [
-    Setting(1.0, 1.0, 0.05),
     Setting(1.0, 1.0, 0.1),
     Setting(1.0, 1.0, 0.2),
     Setting(1.0, 1.0, 0.4),
-    Setting(0.75, 4 / 3, 0.3),
     Setting(0.5, 1.0, 0.2),
     Setting(0.5, 1.0, 0.4),
-    Setting(0.5, 2.0, 0.1),
     Setting(0.5, 2.0, 0.2),
     Setting(0.5, 3.0, 0.2),
     Setting(0.25, 1.0, 0.4),
@@ -57,7 +54,7 @@ SETTINGS = [
     Setting(0.25, 4.0, 0.4, "symmetric"),
 ]
 ALPHA = 0.005
-CHAINS = 16
+CHAINS = 8
 STEPS = 3000
 BURN_IN = 5.0  # in units of 1/α: what is left of the start is e⁻⁵
 
