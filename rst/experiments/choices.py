@@ -12,13 +12,16 @@ CIFAR_CNNS = ("resnet18", "resnet34", "resnet50", "resnet101", "wrn", "vgg", "py
 IMAGENET_FAMILIES = {"resnet18": "resnet", "resnet34": "resnet", "resnet50": "resnet", "resnet101": "resnet"}
 IMAGENET_FAMILIES |= {"vgg16_bn": "vgg", "vgg19_bn": "vgg"}
 
+# The protocols that train by the paper's recipes.
+WITH_RECIPES = ("paper", "gpu")
+
 # The schedule is part of what these methods are: p(t) is this number.
 FIXED_P = {"sgd": 0.0, "sam": 1.0, "asam": 1.0, "gnp": 1.0}
 
 
 def recipe(protocol: str | None, dataset: str, model: str, augment: str) -> str:
     """The option of conf/recipe for these choices: a column of the paper's table of recipes, or "none"."""
-    if protocol != "paper":
+    if protocol not in WITH_RECIPES:
         return "none"
     if dataset == "imagenet":
         return f"imagenet_{IMAGENET_FAMILIES[model]}" if model in IMAGENET_FAMILIES else "none"
@@ -55,7 +58,7 @@ def check(config: Mapping[str, Any], choices: Mapping[str, str]) -> Settings:
     if settings.l2 and settings.optimizer.get("weight_decay"):
         raise ValueError("both l2 and optimizer.weight_decay are set: add l2=0 or optimizer.weight_decay=0")
     _check_method(settings, choices)
-    if choices["protocol"] == "paper":
+    if choices["protocol"] in WITH_RECIPES:
         _check_recipe(choices)
     return settings
 
@@ -73,13 +76,12 @@ def _check_method(settings: Settings, choices: Mapping[str, str]) -> None:
 
 
 def _check_recipe(choices: Mapping[str, str]) -> None:
+    asked = f"protocol={choices['protocol']}"
     if choices["recipe"] == "none":
         raise ValueError(
-            f"protocol=paper has no recipe for model={choices['model']} dataset={choices['dataset']}: "
+            f"{asked} has no recipe for model={choices['model']} dataset={choices['dataset']}: "
             "see conf/recipe, or leave the protocol out"
         )
     optimizer = "adamw" if "vit" in choices["recipe"] else "sgd"
     if choices["optimizer"] != optimizer:
-        raise ValueError(
-            f"protocol=paper: the recipe for model={choices['model']} is for optimizer={optimizer}"
-        )
+        raise ValueError(f"{asked}: the recipe for model={choices['model']} is for optimizer={optimizer}")
