@@ -14,7 +14,7 @@ BIN := .venv/bin
 
 WHICH = --protocol $(PROTOCOL) --table $(TABLE)
 
-.PHONY: data reproduce-tables tables plan readme test test-slow test-all crash-test benchmark lint format clean
+.PHONY: data reproduce-tables tables plan readme test test-slow test-all test-examples crash-test benchmark lint format clean
 
 # Runs what is missing and writes the tables. Interrupted, it goes on when it is repeated.
 reproduce-tables: .venv/stamp
@@ -42,9 +42,13 @@ test: .venv/stamp
 test-slow: .venv/stamp
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
 
-# Both together: less than one after the other, as what they share is made once.
-test-all: .venv/stamp
+# Both together: less than one after the other, as what they share is made once. The next target, too, where it was made.
+test-all: .venv/stamp $(if $(wildcard .venv-examples),test-examples)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+# RST in Lightning, transformers and Accelerate, with the examples of each.
+test-examples: .venv-examples/stamp
+	OMP_NUM_THREADS=1 .venv-examples/bin/python -m pytest tests/frameworks
 
 # Kills 78 small runs at 20 random points each: 40 minutes on one core.
 crash-test: .venv/stamp
@@ -73,5 +77,13 @@ format: .venv/stamp
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
+# Has the packages of .venv, and its own before them.
+.venv-examples/stamp: .venv/stamp examples/requirements.txt
+	$(BIN)/python -m venv .venv-examples
+	$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
+	  > $$(.venv-examples/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/project.pth
+	.venv-examples/bin/python -m pip install --quiet --requirement examples/requirements.txt
+	@touch $@
+
 clean:
-	rm -rf .venv outputs
+	rm -rf .venv .venv-examples outputs
