@@ -35,8 +35,8 @@ def in_words(name: str, result: dict[str, Any]) -> str:
     return (
         f"{name}: test accuracy {result['test_accuracy']:.2%}, best {result['best_test_accuracy']:.2%}, "
         f"propagation count {result['propagations'] / result['steps']:.3f}, "
-        f"expected {result['expected_propagations'] / result['steps']:.3f}, "
-        f"{result['seconds']['train']:.1f} s of training"
+        + (f"expected {n / result['steps']:.3f}, " if (n := result["expected_propagations"]) else "")
+        + f"{result['seconds']['train']:.1f} s of training"
         + (f", {n} steps skipped for an overflow" if (n := result["skipped_steps"]) else "")
     )
 

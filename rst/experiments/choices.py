@@ -16,7 +16,9 @@ IMAGENET_FAMILIES |= {"vgg16_bn": "vgg", "vgg19_bn": "vgg"}
 WITH_RECIPES = ("paper", "gpu")
 
 # The schedule is part of what these methods are: p(t) is this number.
-FIXED_P = {"sgd": 0.0, "sam": 1.0, "asam": 1.0, "gnp": 1.0}
+FIXED_P = {"sgd": 0.0, "sam": 1.0, "asam": 1.0, "gnp": 1.0, "partial": 1.0}
+# These do not go by a schedule.
+NO_SCHEDULE = ("aesam", "aelooksam", "msam", "stale")
 
 
 def recipe(protocol: str | None, dataset: str, model: str, augment: str) -> str:
@@ -64,14 +66,17 @@ def check(config: Mapping[str, Any], choices: Mapping[str, str]) -> Settings:
 
 
 def _check_method(settings: Settings, choices: Mapping[str, str]) -> None:
-    p = FIXED_P.get(choices["method"])
+    method = choices["method"]
+    p = 1.0 if method in NO_SCHEDULE else FIXED_P.get(method)
     schedule, given = choices["schedule"], settings.schedule.get("p")
     if p is None or (schedule == "constant" and given == p):
         return
+    chosen = f"schedule.p={given}" if schedule == "constant" else f"schedule={schedule}"
+    if method in NO_SCHEDULE:
+        raise ValueError(f"method={method} does not go by a schedule: leave {chosen} out")
     raise ValueError(
-        f"method={choices['method']} {'always' if p else 'never'} takes a SAM step, which contradicts "
-        + (f"schedule.p={given}" if schedule == "constant" else f"schedule={schedule}")
-        + ": leave the schedule out, or use method=rst or method=grst"
+        f"method={method} {'always' if p else 'never'} takes a SAM step, which contradicts {chosen}: leave "
+        "the schedule out, or use method=rst or method=grst"
     )
 
 

@@ -13,9 +13,8 @@ import torch.nn.functional as F
 from hydra.utils import instantiate
 from torch.utils.flop_counter import FlopCounterMode
 
-from rst.schedule import expected_propagations
 from rst.training.device import PRECISIONS, allow_tf32, cpu_threads, pick_device
-from rst.training.parts import checkpoint_bytes, schedule_of
+from rst.training.parts import checkpoint_bytes, new_optimizer, part
 
 
 class DataSize(NamedTuple):
@@ -39,8 +38,8 @@ _RESNET20 = {"_target_": "rst.models.create", "_partial_": True, "name": "resnet
 
 @dataclass(frozen=True)
 class Cost:
-    """`propagations` is an expectation; `flops` are the floating-point operations of one propagation of one
-    image; `disk_bytes` hold two checkpoints."""
+    """`propagations` is an expectation, or where only the run can tell the most, 2 a step; `flops` are the
+    floating-point operations of one propagation of one image; `disk_bytes` hold two checkpoints."""
 
     steps: int
     propagations: float
@@ -67,9 +66,16 @@ def cost_of(config: Mapping[str, Any]) -> Cost:
     """
     epoch_steps = steps_per_epoch(config)
     steps = config["epochs"] * epoch_steps
-    propagations = expected_propagations(schedule_of(config, epoch_steps), steps) if steps else 0.0
+    propagations = _propagations(config, epoch_steps) if steps else 0.0
     flops, parameters = _model_size(json.dumps([config["model"], data_size(config)[1:]], sort_keys=True))
     return Cost(steps, propagations, config["batch_size"], flops, 2 * checkpoint_bytes(parameters, config))
+
+
+def _propagations(config: Mapping[str, Any], epoch_steps: int) -> float:
+    base = part(config["optimizer"])([torch.nn.Parameter(torch.zeros(1))])
+    optimizer = new_optimizer(config, base, epoch_steps)
+    expected = optimizer.expected_propagations
+    return 2.0 * optimizer.total_steps if expected is None else expected
 
 
 def steps_per_epoch(config: Mapping[str, Any]) -> int:

@@ -7,13 +7,12 @@ from typing import Any
 import torch
 
 from rst.data import ImageData, steps_per_epoch
-from rst.schedule import expected_propagations, propagations_std
 from rst.training import checkpoint, distributed
 from rst.training.device import allow_tf32, cpu_threads, keep_memory, lease
 from rst.training.interruption import Interruption
 from rst.training.loop import Training
 from rst.training.lr_schedule import with_warmup
-from rst.training.parts import checkpoint_bytes, new_model, part, schedule_of
+from rst.training.parts import checkpoint_bytes, new_model, new_optimizer, part
 from rst.training.progress import Progress
 from rst.training.provenance import combined, provenance
 from rst.training.run import Run
@@ -64,13 +63,8 @@ def prepare(run: Run, data: ImageData) -> Training:
     n_bytes = checkpoint_bytes(sum(p.numel() for p in model.parameters()), run.config)
     checkpoint.require_space(run.folder, 3 * n_bytes)  # two, and one being written
     model = distributed.replicate(model, device)
-    optimizer = part(settings.method)(
-        part(settings.optimizer)(model.parameters()),
-        schedule_of(run.config, epoch_steps),
-        settings.epochs * epoch_steps,
-        module=model,
-        seed=settings.seed,
-    )
+    base = part(settings.optimizer)(model.parameters())
+    optimizer = new_optimizer(run.config, base, epoch_steps, model)
     return Training(
         model,
         optimizer,
@@ -143,8 +137,8 @@ def fit(
         on_cuda = training.device.type == "cuda"
         measured = {
             **summarize(training.metrics),
-            "expected_propagations": expected_propagations(optimizer.schedule, optimizer.total_steps),
-            "propagations_std": propagations_std(optimizer.schedule, optimizer.total_steps),
+            "expected_propagations": optimizer.expected_propagations,
+            "propagations_std": optimizer.propagations_std,
             "peak_memory_bytes": torch.cuda.max_memory_allocated(training.device) if on_cuda else None,
             **combined(parts),
         }

@@ -27,6 +27,7 @@ NEUTRAL: dict[str, Any] = {
     "dataset.fold": None,
     "dataset.folds": None,
     "dataset.interpolation": "bilinear",
+    "method.sampling": "independent",
     "dataset.label_noise": None,  # digits had it before, at 0.0 where there is none
 }
 

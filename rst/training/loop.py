@@ -108,6 +108,8 @@ class Training:
         self.lr_factor = lr_factor
         self.initial_lrs = [group["lr"] for group in optimizer.param_groups]
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
+        if hasattr(optimizer, "scaler"):  # a rule in which the scale does not cancel
+            optimizer.scaler = self.scaler
         self.metrics: list[dict[str, Any]] = []
         self.guard = Guard(self.device, self.scaler.is_enabled(), self.steps_per_epoch)
         # Without a GPU, torch.manual_seed formats a stack trace for each kind of device: 0.1 ms per step.
@@ -190,19 +192,20 @@ class Training:
         }
 
     def _step(self, images: Tensor, labels: Tensor, step: int, stop: Callable[[], bool]) -> None:
-        passes: list[tuple[Tensor, Tensor]] = []  # loss and logits of each part of the batch
-        parts = list(
-            zip(images.chunk(self.grad_accumulation), labels.chunk(self.grad_accumulation), strict=True)
-        )
+        passes: list[list[tuple[Tensor, Tensor]]] = []  # loss and logits of each part of the batch
+        size = len(images) // self.grad_accumulation
 
         def closure() -> None:
+            passes.append([])
+            n = self.optimizer.images(len(images))
+            parts = list(zip(images[:n].split(size), labels[:n].split(size), strict=True))
             for i, (x, y) in enumerate(parts):
                 is_last = i == len(parts) - 1
                 with self._local_unless(is_last):
                     with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
                         logits = self.model(x)
-                        loss = F.cross_entropy(logits, y) / len(parts)
-                    passes.append((loss.detach(), logits.detach()))
+                        loss = F.cross_entropy(logits, y) / (n / len(x))
+                    passes[-1].append((loss.detach(), logits.detach()))
                     if self.l2 and is_last:
                         loss = loss + _L2.apply(self.l2, *self.parameters)
                     self.scaler.scale(loss).backward()
@@ -218,11 +221,11 @@ class Training:
         gradient_norm = get_total_norm(gradients)
         if self.clip_norm is not None:
             clip_grads_with_norm_(self.parameters, self.clip_norm, gradient_norm)
-        clean = passes[: len(parts)]
-        loss = torch.stack([loss for loss, _ in clean]).sum()
+        loss = torch.stack([loss for loss, _ in passes[0]]).sum()
+        answers = torch.cat([logits for _, logits in passes[0]]).argmax(1)
         # Of mixed labels, the image's own one has at least half of the weight.
         unmixed = labels if labels.ndim == 1 else labels.argmax(1)
-        n_correct = (torch.cat([logits for _, logits in clean]).argmax(1) == unmixed).sum()
+        n_correct = (answers == unmixed[: len(answers)]).sum() * (len(labels) / len(answers))
         with torch.no_grad():
             weight_norm = get_total_norm(self.parameters)
         stop_here = torch.full((), float(stop()), device=self.device)  # a kernel, not a copy that waits

@@ -1,5 +1,6 @@
 """The parts of a run: what each configuration group's `_target_` builds."""
 
+import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -8,8 +9,10 @@ from typing import Any
 import torch
 from hydra.utils import instantiate
 from torch import nn
+from torch.optim import Optimizer
 
 from rst.draws import draw
+from rst.optim import RST
 from rst.schedule import Schedule, Warmup
 from rst.training.checkpoint import Every
 from rst.training.settings import Settings, check_options
@@ -21,7 +24,7 @@ GIVEN = {
     "model": ("num_classes", "in_chans", "image_size"),
     "optimizer": ("params",),
     "schedule": (),
-    "method": ("base", "schedule", "total_steps", "module", "seed"),
+    "method": ("base", "schedule", "total_steps", "warmup_steps", "module", "seed", "scaler"),
     "lr_schedule": ("progress",),
     "tracker": ("run_name", "group", "job_type", "tags", "folder", "config"),
 }
@@ -54,9 +57,9 @@ def rehearse(settings: Settings) -> None:
     with _named("optimizer"):
         base = parts["optimizer"]([nn.Parameter(torch.zeros(1))])
     with _named("schedule"):
-        schedule = parts["schedule"]()
+        parts["schedule"]()
     with _named("method"):
-        parts["method"](base, schedule, total_steps=10_000, seed=settings.seed)
+        new_optimizer(settings.model_dump(), base, epoch_steps=10_000)
     with _named("augment"):
         parts["augment"]()
     with _named("lr_schedule"):
@@ -80,6 +83,19 @@ def new_model(config: Mapping[str, Any], data: Any) -> nn.Module:
     return model.to(memory_format=torch.channels_last if config["channels_last"] else torch.preserve_format)
 
 
+def new_optimizer(
+    config: Mapping[str, Any], base: Optimizer, epoch_steps: int, module: nn.Module | None = None
+) -> RST:
+    """The run's method around `base`. One that goes by no schedule is told of the warmup by itself."""
+    method = part(config["method"])
+    given: dict[str, Any] = {"total_steps": config["epochs"] * epoch_steps, "module": module}
+    if "warmup_steps" in inspect.signature(method).parameters:
+        given["warmup_steps"] = config["warmup_epochs"] * epoch_steps
+    else:
+        given |= {"schedule": schedule_of(config, epoch_steps), "seed": config["seed"]}
+    return method(base, **given)
+
+
 def schedule_of(config: Mapping[str, Any], epoch_steps: int) -> Schedule:
     """The run's schedule, with its warmup."""
     schedule = part(config["schedule"])()
@@ -88,6 +104,8 @@ def schedule_of(config: Mapping[str, Any], epoch_steps: int) -> Schedule:
 
 
 def checkpoint_bytes(parameters: int, config: Mapping[str, Any]) -> int:
-    """Size of a checkpoint: float32 weights, and the optimizer's one or two buffers per weight."""
+    """Size of a checkpoint: float32 weights, the optimizer's one or two buffers per weight, and what some
+    rivals carry from step to step."""
     buffers = 2 if "Adam" in config["optimizer"]["_target_"] else 1
+    buffers += config["method"]["_target_"].startswith("rst.rivals.")
     return 4 * parameters * (1 + buffers)

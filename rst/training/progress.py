@@ -38,5 +38,5 @@ class Progress:
             self.bar.set_postfix_str(f"epoch {metrics['epoch']}, test {metrics['test_accuracy']:.2%}")
         if self.shown and self.bar.disable:
             test = "test loss {test_loss:.4f}, test accuracy {test_accuracy:.4f}, " * is_evaluated
-            line = "epoch {epoch}: train loss {train_loss:.4f}, " + test + "propagations {propagations}"
+            line = "epoch {epoch}: train loss {train_loss:.4f}, " + test + "propagations {propagations:.10g}"
             log.info(line.format(**metrics))

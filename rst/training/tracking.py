@@ -147,7 +147,8 @@ class Wandb(Tracker):
         result["test_error_percent"] = 100 * (1 - result["test_accuracy"])
         result["best_epoch_error_percent"] = 100 * (1 - result["best_test_accuracy"])
         result["eta"] = result["propagations"] / result["steps"]
-        result["eta_expected"] = result["expected_propagations"] / result["steps"]
+        if result["expected_propagations"] is not None:
+            result["eta_expected"] = result["expected_propagations"] / result["steps"]
         self._run.summary.update(result)
 
     def _log_files(self, files: Sequence[Path]) -> None:
