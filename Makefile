@@ -2,6 +2,7 @@
 PYTHON ?= python3
 PROTOCOL ?= quick
 TABLES_cpu := pilot,schedules,constant,gamma
+TABLES_folds := tuning,budget,half,quarter,others,precision
 TABLE ?= $(or $(TABLES_$(PROTOCOL)),overview)
 LAUNCHER ?= joblib
 ARGS ?= # overrides for every run of a table, such as epochs=1
@@ -20,7 +21,7 @@ WHICH = --protocol $(PROTOCOL) --table $(TABLE)
 reproduce-tables: .venv/stamp
 	$(BIN)/python scripts/reproduce.py $(WHICH) $(if $(REUSE),--reuse) $(if $(SHARPNESS),--sharpness) $(if $(PRINT),--print) --launcher $(LAUNCHER) $(if $(JOBS),--jobs $(JOBS)) $(ARGS)
 
-# CIFAR-10 as JPEG files, for protocol=cpu: unpacked from ARCHIVE where data/cifar10 is not there, and verified.
+# CIFAR-10 as JPEG files, for protocol=cpu and folds: unpacked from ARCHIVE where data/cifar10 is not there, and verified.
 data: .venv/stamp
 	$(BIN)/python scripts/data.py $(if $(ARCHIVE),--archive $(ARCHIVE))
 

@@ -44,7 +44,7 @@ def of_column(summary: Summary, curves: pd.DataFrame) -> dict[str, Figure]:
         figures["sharpness"] = sharpness(measured)
     for figure in figures.values():
         n = sorted({frame["test_error.n"].min(), frame["test_error.n"].max()})
-        setting = f"{summary.setting}, n = {' to '.join(map(str, n))} seeds"
+        setting = f"{summary.setting}, n = {' to '.join(map(str, n))} {summary.unit}s"
         title = f"{summary.title}: {summary.name}".removesuffix(": ")
         width = int(20 * figure.get_figwidth())  # characters that fit in a line
         figure.suptitle(f"{title}\n{textwrap.fill(setting, width)}", fontsize=8)
@@ -92,7 +92,7 @@ def sharpness(frame: pd.DataFrame) -> Figure:
         axes.set_xscale("log")
         _plain_ticks(axes.xaxis)
         axes.set_title(SHARPNESS_NAMES[name], fontsize=9)
-    figure.supxlabel("mean ± standard deviation over seeds", fontsize=9)
+    figure.supxlabel("mean ± standard deviation", fontsize=9)
     return figure
 
 

@@ -33,15 +33,15 @@ FIGURES = {
     "sharpness": "sharpness of the minima",
 }
 READING = (
-    "{Split} error at the last epoch: mean ± sample standard deviation over n seeds. Differences are this "
-    "row's error minus {reference}'s of the same seed; negative is better. Their 95 % t-intervals are not "
+    "{Split} error at the last epoch: mean ± sample standard deviation over n {unit}s. Differences are this "
+    "row's error minus {reference}'s of the same {unit}; negative is better. Their 95 % t-intervals are not "
     "corrected for the number of rows. η: propagations (forward-backward passes) per step of {baseline}, 1 "
-    "for SGD and 2 for SAM. Time: training seconds relative to {baseline}'s of the same seed (median), where "
-    "both are from one machine."
+    "for SGD and 2 for SAM. Time: training seconds relative to {baseline}'s of the same {unit} (median), "
+    "where both are from one machine."
 )
 MATRIX = (
-    "{Split} error (%) at the last epoch: mean ± sample standard deviation over n seeds. * marks a "
-    "difference to {reference}, paired by seed, whose 95 % t-interval excludes 0, not corrected for the "
+    "{Split} error (%) at the last epoch: mean ± sample standard deviation over n {unit}s. * marks a "
+    "difference to {reference}, paired by {unit}, whose 95 % t-interval excludes 0, not corrected for the "
     "number of comparisons."
 )
 READING_DETAILS = (
@@ -251,10 +251,10 @@ def _remarks(summary: Summary) -> list[str]:
     without = frame.loc[(frame["test_error.n"] > 0) & frame["time"].isna(), "label"]
     if len(without):
         remarks.append(
-            f"No time: {', '.join(without)} (no {summary.baseline} of these seeds on one machine)."
+            f"No time: {', '.join(without)} (no {summary.baseline} of these {summary.unit}s on one machine)."
         )
     if frame["test_error.n"].between(1, MIN_SEEDS - 1).any():
-        remarks.append(f"† Fewer than {MIN_SEEDS} seeds: no ground for a comparison.")
+        remarks.append(f"† Fewer than {MIN_SEEDS} {summary.unit}s: no ground for a comparison.")
     return remarks
 
 
@@ -279,5 +279,5 @@ def provenance(frame: pd.DataFrame) -> list[str]:
 
 
 def _worded(note: str, summary: Summary) -> str:
-    names = {"reference": summary.reference, "baseline": summary.baseline}
+    names = {"reference": summary.reference, "baseline": summary.baseline, "unit": summary.unit}
     return note.format(split=summary.split, Split=summary.split.capitalize(), **names)

@@ -107,6 +107,7 @@ class Summary:
         frame: a line a row, in the table's order. An estimate takes five columns, such as `test_error.mean`,
             `.std`, `.low`, `.high` and `.n`. Errors are in percent, differences in percentage points.
         metrics: those that a page shows; None for the usual ones.
+        unit: what n counts: "seed", or "part" of the data, where each seed has one of its own.
     """
 
     title: str
@@ -117,6 +118,7 @@ class Summary:
     baseline: str
     metrics: tuple[str, ...] | None
     frame: pd.DataFrame
+    unit: str = "seed"
 
 
 def estimate_of(line: Mapping[Any, Any], name: str) -> Estimate:

@@ -154,7 +154,7 @@ def summarize(table: Table, column: Column, records: pd.DataFrame, failures: Map
     reference, baseline = rows[table.reference], rows[table.baseline]
     frame = pd.DataFrame([_line(row, reference, baseline, records, failures) for row in column.rows])
     names = (table.title, column.name, column.setting, column.split, table.reference, table.baseline)
-    return Summary(*names, table.metrics, frame)
+    return Summary(*names, table.metrics, frame, "part" if baseline.folds else "seed")
 
 
 def to_csv(summaries: Sequence[Summary]) -> str:

@@ -123,7 +123,7 @@ def test_each_family_is_corrected_by_itself(tmp_path):
         "RST is not worse than SAM",
     ]
     assert [line[3] for line in shown[:3]] == expected
-    assert shown[3][1:] == ["+1.00 [+0.12, +1.88] points", "5", "0.034", "supported"]
+    assert shown[3][1:] == ["+1.00 [+0.12, +1.88] points", "5", "0.034", "supported", ""]
 
 
 def test_what_does_not_survive_the_correction_is_undecided(tmp_path):
@@ -132,6 +132,18 @@ def test_what_does_not_survive_the_correction_is_undecided(tmp_path):
     assert "contradicted" in alone  # p = 0.034
     among = tables_of_claims(families(tmp_path, f"F: [{', '.join([one] * 2)}]"), tables(), records())
     assert "contradicted" not in among and among.count("undecided") == 2
+
+
+@pytest.mark.parametrize(("below", "n"), [(1.5, "11"), (-1, None)])
+def test_how_many_seeds_would_decide(tmp_path, below, n):
+    """Mean 1, s = √½: t·s/√n < ½ from n = 11 on."""
+    claim = f"{{claim: C, table: small, row: RST, minus: SAM, below: {below}}}"
+    text = tables_of_claims(families(tmp_path, f"F: [{claim}]"), tables(), records())
+    shown = [cell.strip() for cell in text.splitlines()[-1].strip("|").split("|")]
+    assert shown[-2:] == (["undecided", n] if n else ["contradicted", ""])
+    if n:
+        s = math.sqrt(0.5)
+        assert stats.t.ppf(0.975, 10) * s / math.sqrt(11) < 0.5 < stats.t.ppf(0.975, 9) * s / math.sqrt(10)
 
 
 def test_unknown_keys_are_refused(tmp_path):
