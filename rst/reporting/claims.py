@@ -133,7 +133,7 @@ def tables_of_claims(
 ) -> str:
     """Of each family its title and a table: estimates with 95 % intervals, not adjusted; p-values adjusted by
     Holm's method within the family, and the verdicts that follow at the 5 % level. Where there is none, how
-    many units this mean and spread would need for one, without the adjustment."""
+    many units this mean and spread would need for one."""
     joined, parts = records.joined, []
     for title, claims in families.items():
         outcomes = [evaluate(claim, _column(claim, tables), joined) for claim in claims]
@@ -145,7 +145,7 @@ def tables_of_claims(
                 "n": str(outcome.estimate.n),
                 "p, adjusted": "< 0.001" if p < 0.001 else f"{p:.3f}",
                 "Verdict": outcome.verdict(p),
-                "n needed": _needed(outcome) if outcome.verdict(p) == "undecided" else "",
+                "n needed": _needed(outcome, len(claims)) if outcome.verdict(p) == "undecided" else "",
             }
             for outcome, p in zip(outcomes, adjusted, strict=True)
         ]
@@ -187,11 +187,16 @@ def _listed(labels: str | Sequence[str]) -> list[str]:
     return [labels] if isinstance(labels, str) else list(labels)
 
 
-def _needed(outcome: Outcome) -> str:
-    """The n from which the test is decided at this mean and spread, up to 10 000."""
+def _needed(outcome: Outcome, claims: int) -> str:
+    """The n, up to 10 000, from which this mean and spread would decide one of so many claims with certainty:
+    by Bonferroni's adjustment, which Holm's never exceeds."""
     gap, away = outcome.estimate, min(abs(outcome.estimate.mean - bound) for bound in outcome.claim.bounds)
     n = np.arange(2, 10_001)
-    enough = n[away * np.sqrt(n) > stats.t.ppf(1 - ALPHA / 2, n - 1) * gap.std] if gap.low < gap.high else []
+    enough = (
+        n[away * np.sqrt(n) > stats.t.ppf(1 - ALPHA / 2 / claims, n - 1) * gap.std]
+        if gap.low < gap.high
+        else []
+    )
     return str(enough[0]) if len(enough) else "–"
 
 
