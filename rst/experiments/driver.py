@@ -9,6 +9,7 @@ from hydra import initialize_config_dir
 from hydra.core.utils import JobReturn
 from joblib import cpu_count
 
+from rst.experiments.choices import NO_SCHEDULE
 from rst.experiments.command_line import one_line
 from rst.experiments.cost import cost_of, steps_per_epoch
 from rst.experiments.launcher import Launcher, is_death
@@ -17,9 +18,10 @@ from rst.experiments.run_progress import RunProgress
 from rst.experiments.sweeps import OUTPUTS, Cell, gather, with_outputs
 from rst.reporting.claims import write_claims
 from rst.reporting.records import Finished, Records, collect, recorded_in
-from rst.reporting.tables import Table, write_table
+from rst.reporting.tables import Row, Table, write_table
 from rst.training.identity import can_change_results
 from rst.training.parts import schedule_of
+from rst.training.run import Run
 from rst.training.tracking import log_table
 
 POLL = 5.0  # seconds between two looks at runs that other processes are at
@@ -195,8 +197,8 @@ def _write(
     for_print: bool,
 ) -> list[Path]:
     # The schedules of the first column, of rows as long as most; another may have other steps, or a warmup.
-    rows = [row for row in table.columns[0].rows if row.epochs_factor == 1]
-    configs = {row.label: cells[next(iter(row.runs.values()))].run.config for row in rows}
+    runs = {row.label: _a_run(row, cells) for row in table.columns[0].rows if row.epochs_factor == 1}
+    configs = {label: run.config for label, run in runs.items() if run.choices["method"] not in NO_SCHEDULE}
     config = next(iter(configs.values()))
     epoch_steps = steps_per_epoch(config)
     schedules = {label: schedule_of(config, epoch_steps) for label, config in configs.items()}
@@ -204,11 +206,15 @@ def _write(
     return write_table(table, records, failures, schedules, steps, config["seed"], folder, for_print)
 
 
+def _a_run(row: Row, cells: Mapping[str, Cell]) -> Run:
+    return cells[next(iter(row.runs.values()))].run
+
+
 def _log(
     table: Table, cells: Mapping[str, Cell], files: Sequence[Path], protocol: str, outputs: Path
 ) -> None:
     """Log the table to Weights & Biases, where its runs are tracked there."""
-    run = cells[next(iter(table.columns[0].rows[0].runs.values()))].run
+    run = _a_run(table.columns[0].rows[0], cells)
     if run.choices["tracker"] == "wandb":
         keys = ("project", "entity", "mode", "init_timeout", "finish_timeout")
         settings = {key: run.config["tracker"][key] for key in keys if key in run.config["tracker"]}
