@@ -59,6 +59,46 @@ def test_each_method(tmp_path, run_train):
         assert result["host"] and result["command"].startswith("python train.py ")
 
 
+def test_each_rival(tmp_path, run_train):
+    """As η is published, or for AE-SAM measured."""
+    methods = "looksam,vsam,aesam,aelooksam,msam,stale,partial"
+    run_train("-m", *SHORT, "epochs=1", f"method={methods}", "seed=0", f"outputs={tmp_path}")
+    found = {method: result for (method, _, _), result in results(tmp_path).items()}
+    eta = {method: result["propagations"] / result["steps"] for method, result in found.items()}
+    known = {"looksam": 1.2, "vsam": 1.2, "msam": 1.0, "stale": 1.0, "partial": 1.25}
+    assert {method: eta[method] for method in known} == pytest.approx(known)
+    for method, result in found.items():
+        expected = result["expected_propagations"], result["propagations_std"]
+        assert expected == ((result["propagations"], 0) if method in known else (None, None))
+    assert 1 < eta["aesam"] < 2 and 1 < eta["aelooksam"] < 2
+    assert len({result["test_loss"] for result in found.values()}) == 7
+
+
+@pytest.mark.slow
+def test_an_interrupted_rival_resumes(tmp_path, run_train, monkeypatch):
+    """With what it carries from step to step, in reduced precision."""
+    arguments = [*SHORT, "epochs=3", "method=aelooksam", "precision=fp16", "warmup_epochs=1"]
+    run_train(*arguments, f"outputs={tmp_path / 'whole'}")
+    append = Run.append
+
+    def interrupt(self, metrics):
+        append(self, metrics)
+        if metrics["epoch"] == 2:
+            raise KeyboardInterrupt  # 15 steps after the last checkpoint
+
+    broken = [*arguments, "checkpoint.every_steps=25", "checkpoint.every_epochs=null"]
+    broken += [f"outputs={tmp_path / 'broken'}"]
+    with monkeypatch.context() as context:
+        context.setattr(Run, "append", interrupt)
+        with pytest.raises(SystemExit):
+            run_train(*broken)
+    assert not list((tmp_path / "broken").glob("*/result.json"))
+    run_train(*broken)
+    whole, broken = (only((tmp_path / name).glob("digits*")) for name in ("whole", "broken"))
+    assert without_times(broken) == without_times(whole)
+    assert_same_weights(broken, whole)
+
+
 def assert_same_weights(*folders):
     states = [torch.load(folder / "checkpoint.pt", weights_only=True) for folder in folders]
     for key, value in states[0]["training"]["model"].items():

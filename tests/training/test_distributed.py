@@ -20,7 +20,7 @@ from test_loop import L2, assert_equal_state, some_data
 from test_train import only
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
-from rst import RST, Constant
+from rst import RST, VSAM, Constant, LookSAM, StaleAscent
 from rst.data import Augment, train_batches
 from rst.training import distributed
 from rst.training.calibration import cross_fitted_loss
@@ -35,6 +35,9 @@ CASES = {
     "sync_grst": {"p": 0.5, "gamma": 2.0, "sync_perturbation": True},
     "sync_asam_adamw": {"p": 0.5, "adaptive": True, "sync_perturbation": True, "base": torch.optim.AdamW},
     "sync_accumulate": {"p": 0.5, "sync_perturbation": True, "grad_accumulation": 2},
+    "sync_looksam": {"rival": LookSAM, "schedule": 0.5, "grad_accumulation": 2},
+    "sync_vsam": {"rival": VSAM, "schedule": 0.5},
+    "sync_stale": {"rival": StaleAscent},
     "batchnorm": {"p": 0.5, "gamma": 0.5},
 }
 
@@ -55,7 +58,10 @@ def start(case):
     model = distributed.replicate(model, torch.device("cpu"))
     base = rule.pop("base", torch.optim.SGD)(model.parameters(), lr=0.1)
     settings = {"grad_accumulation": rule.pop("grad_accumulation", 1), "l2": L2, "clip_norm": 0.7}
-    optimizer = RST(base, Constant(rule.pop("p")), 100, rho=0.3, module=model, seed=1, **rule)
+    if rival := rule.pop("rival", None):
+        optimizer = rival(base, total_steps=100, rho=0.3, module=model, **rule)
+    else:
+        optimizer = RST(base, Constant(rule.pop("p")), 100, rho=0.3, module=model, seed=1, **rule)
     augment = Augment(flip=True, cutout=2, per_batch=True)
     arguments = {"epochs": EPOCHS, "batch_size": BATCH, "seed": 1} | settings
     return Training(model, optimizer, cosine, some_data(n=13), augment, **arguments)

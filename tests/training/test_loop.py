@@ -5,6 +5,7 @@ import io
 import itertools
 import math
 import multiprocessing
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rst import RST, Constant
+from rst import AESAM, RST, VSAM, Constant, LookSAM, MomentumSAM, PartialAscent, StaleAscent
 from rst.data import Augment, ImageData, image_folder, train_batches
 from rst.training.calibration import cross_fitted_loss
 from rst.training.loop import Training
@@ -156,6 +157,14 @@ METHODS = {
     "rst": {"rho": 0.3, "schedule": Constant(0.5)},
     "grst": {"rho": 0.3, "gamma": 2.0, "schedule": Constant(0.5)},
 }
+RIVALS = {
+    "looksam": lambda base, **o: LookSAM(base, schedule=0.5, **o),
+    "vsam": lambda base, **o: VSAM(base, schedule=0.5, **o),
+    "aelooksam": lambda base, **o: AESAM(base, reuse=True, **o),
+    "msam": MomentumSAM,
+    "stale": StaleAscent,
+    "partial": lambda base, **o: PartialAscent(base, fraction=0.5, **o),
+}
 OPTIMIZERS = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}
 AUGMENTS = {
     "none": Augment(),
@@ -184,7 +193,7 @@ def assert_equal_state(some, other):
 
 @settings(max_examples=40)
 @given(
-    method=st.sampled_from(sorted(METHODS)),
+    method=st.sampled_from(sorted(METHODS | RIVALS)),
     optimizer=st.sampled_from(sorted(OPTIMIZERS)),
     augment=st.sampled_from(sorted(AUGMENTS)),
     precision=st.sampled_from(["fp32", "bf16", "fp16"]),
@@ -200,9 +209,15 @@ def test_resuming_anywhere_continues_bit_for_bit(
 
     def start():
         model = normed_model()
-        base = OPTIMIZERS[optimizer](model.parameters(), lr=0.05)
-        rule = {"schedule": Constant(float(METHODS[method] is not None))} | (METHODS[method] or {})
-        wrapped = RST(base, rule.pop("schedule"), 100, module=model, seed=seed, **rule)
+        if method == "msam":
+            base = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+        else:
+            base = OPTIMIZERS[optimizer](model.parameters(), lr=0.05)
+        if method in RIVALS:
+            wrapped = RIVALS[method](base, total_steps=100, rho=0.3, module=model)
+        else:
+            rule = {"schedule": Constant(float(METHODS[method] is not None))} | (METHODS[method] or {})
+            wrapped = RST(base, rule.pop("schedule"), 100, module=model, seed=seed, **rule)
         options = {"precision": precision, "grad_accumulation": grad_accumulation, "l2": L2}
         arguments = {"epochs": 3, "batch_size": BATCH, "seed": seed, "clip_norm": CLIP} | options
         arguments["evaluate_every"] = evaluate_every
@@ -390,6 +405,42 @@ def test_a_step_makes_no_gpu_wait(method, augment, precision):
         next(points)
     with pytest.raises(AssertionError, match="_local_scalar_dense"), NoSynchronization():
         float(run._sums[0])
+
+
+@pytest.mark.parametrize("name", RIVALS)
+def test_a_rival_s_step_makes_no_gpu_wait(name):
+    """But AE-SAM's, which decides by a number that is on the device."""
+    model = normed_model()
+    run = training(model)
+    base = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9)
+    run.optimizer = RIVALS[name](base, total_steps=100, module=model)
+    points = run.run()
+    next(points)
+    waits = pytest.raises(AssertionError, match="_local_scalar_dense")
+    with waits if name == "aelooksam" else nullcontext(), NoSynchronization():
+        for _ in range(3):
+            next(points)
+
+
+def test_partial_ascent_propagates_the_first_images_of_the_batch():
+    """In parts of the size that the batch's parts have; loss and accuracy are estimated from them."""
+    model, seen = some_model(), []
+    run = training(model, grad_accumulation=2, l2=0.0, epochs=1)
+    run.optimizer = PartialAscent(run.optimizer.base, total_steps=100, fraction=0.75, module=model)
+    model.register_forward_hook(lambda module, x, y: seen.append((x[0], y.detach())))
+    (metrics,) = epochs_of(run)
+    assert [len(x) for x, _ in seen[:8]] == [2, 1, 2, 2] * 2
+    batches = list(train_batches(some_data(), BATCH, Augment(), SEED, 0))
+    losses, correct = [], 0.0
+    for i, (x, y) in enumerate(batches):
+        ascent = seen[4 * i : 4 * i + 2]
+        assert torch.equal(torch.cat([part for part, _ in ascent]), x[:3])
+        logits = torch.cat([logits for _, logits in ascent])
+        losses.append(F.cross_entropy(logits, y[:3]).item())
+        correct += (logits.argmax(1) == y[:3]).sum().item() * 4 / 3
+    assert metrics["train_loss"] == pytest.approx(sum(losses) / 2, rel=1e-6)
+    assert metrics["train_accuracy"] == pytest.approx(correct / 8, rel=1e-6)
+    assert metrics["propagations"] == 2 * 1.75
 
 
 @pytest.mark.slow
