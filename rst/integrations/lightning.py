@@ -81,14 +81,17 @@ def _after_passes(
     closure: Any,
 ) -> None:
     """`LightningModule.optimizer_step`, whose closure has run as often as RST wants it."""
-    loss = result = None
-    with _replaced(module, "optimizer_zero_grad", _nothing):  # passes() does that, and DDP refuses it
-        for which in optimizer.optimizer.passes():
-            with _replaced(module, "log", module.log if which == "clean" else _nothing):
-                last = closure()
-            if which == "clean":
-                loss, result = last, closure.consume_result()
-    closure._result = result
+    results: list[Any] = []
+
+    def propagate() -> Any:
+        with _replaced(module, "log", _nothing if results else module.log):
+            loss = closure()
+        results.append(closure.consume_result())
+        return loss
+
+    with _replaced(module, "optimizer_zero_grad", _nothing):  # RST does that itself
+        loss = optimizer.optimizer.gradient(propagate)
+    closure._result = results[0]
     optimizer_step(epoch, batch_idx, optimizer, lambda: loss)
 
 

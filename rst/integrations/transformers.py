@@ -60,23 +60,25 @@ class RSTMixin:
     def training_step(
         self, model: nn.Module, inputs: Any, num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        loss = torch.zeros((), device=self.args.device)
         self._micro_batches.append(inputs)
-        if not self.accelerator.sync_gradients:
-            return loss  # more of them belong to this step
+        if not self.accelerator.sync_gradients:  # more of them belong to this step
+            return torch.zeros((), device=self.args.device)
         micro_batches, self._micro_batches = self._micro_batches, []
         optimizer = _unwrapped(self.optimizer)
         if optimizer.module is not model:  # now it is wrapped
             check_module(model)
             optimizer.module = model
-        for which in optimizer.passes():
+        step = super().training_step  # type: ignore[misc]
+
+        def propagate() -> Tensor:
+            loss = torch.zeros((), device=self.args.device)
             for i, micro_batch in enumerate(micro_batches):
                 is_last = i == len(micro_batches) - 1
                 with nullcontext() if is_last else self.accelerator.no_sync(model):
-                    part = super().training_step(model, micro_batch, num_items_in_batch)  # type: ignore[misc]
-                if which == "clean":
-                    loss += part
-        return loss
+                    loss += step(model, micro_batch, num_items_in_batch)
+            return loss
+
+        return optimizer.gradient(propagate)
 
 
 def _unwrapped(optimizer: Any) -> Any:
