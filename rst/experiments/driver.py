@@ -3,8 +3,12 @@
 import os
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import torch
 from hydra import initialize_config_dir
 from hydra.core.utils import JobReturn
 from joblib import cpu_count
@@ -16,11 +20,13 @@ from rst.experiments.launcher import Launcher, is_death
 from rst.experiments.measure_sharpness import measure_all
 from rst.experiments.run_progress import RunProgress
 from rst.experiments.sweeps import OUTPUTS, Cell, gather, with_outputs
+from rst.files import write_atomically
+from rst.optim import RST
 from rst.reporting.claims import write_claims
 from rst.reporting.records import Finished, Records, collect, recorded_in
 from rst.reporting.tables import Row, Table, write_table
 from rst.training.identity import can_change_results
-from rst.training.parts import schedule_of
+from rst.training.parts import new_optimizer, part, schedule_of
 from rst.training.run import Run
 from rst.training.tracking import log_table
 
@@ -98,6 +104,7 @@ def reproduce(
     if claims.exists() and write_claims(
         claims, {table.name: table for table in tables}, records, folder / "README.md"
     ):
+        _draw_strength(tables, cells, records, folder)
         print(f"claims tested: {folder / 'README.md'}")
     print(f"written to {folder}: {', '.join(table.name for table in tables)}, runs.csv and curves.csv")
     return {} if only_collect else {cells[key].run.command: reason for key, reason in failures.items()}
@@ -204,6 +211,34 @@ def _write(
     schedules = {label: schedule_of(config, epoch_steps) for label, config in configs.items()}
     steps = config["epochs"] * epoch_steps
     return write_table(table, records, failures, schedules, steps, config["seed"], folder, for_print)
+
+
+def _draw_strength(
+    tables: Sequence[Table], cells: Mapping[str, Cell], records: Records, folder: Path
+) -> None:
+    """strength.png, of all rows whose regularization has a strength p̄·γ·ρ."""
+    from rst.reporting import strength  # here, as matplotlib takes a second
+
+    tables = [table for table in tables if table.reference != table.baseline]
+    runs = [_a_run(row, cells) for table in tables for row in table.columns[0].rows if row.epochs_factor == 1]
+    known = {run.id: strength.Strength(*found) for run in runs if (found := _strength(run.config))}
+    frame = strength.points(tables, known, records.joined)
+    if len(frame):
+        figure = strength.figure(frame, tables[0].baseline, tables[0].reference)
+        write_atomically(folder / "strength.png", partial(figure.savefig, format="png"))
+
+
+def _strength(config: Mapping[str, Any]) -> tuple[float, str] | None:
+    """p̄·γ·ρ, and when most of the SAM steps are; None where a method has more to it."""
+    base = part(config["optimizer"])([torch.nn.Parameter(torch.zeros(1))])
+    optimizer = new_optimizer(config, base, steps_per_epoch(config))
+    if type(optimizer) is not RST or optimizer.adaptive or optimizer.mix != "gradient":
+        return None
+    steps = np.arange(optimizer.total_steps)
+    p = np.array([optimizer.schedule(t, len(steps)) for t in range(len(steps))])
+    centre = (p @ steps / p.sum() + 0.5) / len(steps) if p.any() else 0.5
+    when = "even" if abs(centre - 0.5) < 0.01 else "late" if centre > 0.5 else "early"
+    return float(p.mean()) * optimizer.gamma * optimizer.rho, when
 
 
 def _a_run(row: Row, cells: Mapping[str, Cell]) -> Run:

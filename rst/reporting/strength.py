@@ -1,0 +1,81 @@
+"""Does only the product p·γ·ρ matter? A protocol's rows by the strength of their regularization."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from rst.reporting.figures import COLOURS, CYCLE
+from rst.reporting.statistics import LOSSES, estimate, paired_difference
+from rst.reporting.tables import Row, Table
+
+METRICS = {"test_error": "Test error (points)", **LOSSES}
+MARKERS = {"early": "v", "even": "o", "late": "^"}  # by when most of the SAM steps are
+
+
+class Strength(NamedTuple):
+    """p̄·γ·ρ, and one of `MARKERS`."""
+
+    product: float
+    when: str
+
+
+def points(tables: Sequence[Table], strengths: Mapping[str, Strength], records: pd.DataFrame) -> pd.DataFrame:
+    """A line for each row of the tables' first columns that has a strength and finished runs: its label,
+    method and strength relative to the reference's, and the estimate of each metric's difference to the
+    baseline, paired by seed or part. What several tables have counts once.
+
+    Args:
+        strengths: by run id.
+    """
+    lines = {}
+    for table in tables:
+        rows = {row.label: row for row in table.columns[0].rows}
+        baseline = rows[table.baseline]
+        whole = strengths[_first(rows[table.reference])].product
+        for row in rows.values():
+            runs = records[records["id"].isin(list(row.runs.values()))]
+            if row is baseline or runs.empty or (strength := strengths.get(_first(row))) is None:
+                continue
+            line = {"label": row.label, "method": runs["choices.method"].iloc[0], "when": strength.when}
+            line["strength"] = strength.product / whole
+            for metric in METRICS:
+                gap = paired_difference(row.values(metric, records), baseline.values(metric, records))
+                line |= {f"{metric}.{part}": x for part, x in asdict(estimate(gap)).items()}
+            lines[_first(row)] = line
+    return pd.DataFrame(lines.values())
+
+
+def figure(frame: pd.DataFrame, baseline: str, reference: str) -> Figure:
+    """Each metric that was measured, as a difference to the baseline with its 95 % interval, against the
+    strength; rows of one strength side by side."""
+    measured = [metric for metric in METRICS if frame[f"{metric}.n"].any()]
+    drawn = Figure(figsize=(4.2 * len(measured), 4.6), dpi=150, layout="constrained")
+    frame = frame.sort_values(["strength", "label"], kind="stable")
+    alike = frame.groupby(frame["strength"].round(6))["label"]
+    x = frame["strength"] + 0.014 * (alike.cumcount() - (alike.transform("size") - 1) / 2)
+    for axes, metric in zip(drawn.subplots(1, len(measured), squeeze=False)[0], measured, strict=True):
+        axes.axhline(0, color="0.4", lw=0.9, ls="--")
+        for at, row in zip(x, frame.to_dict("records"), strict=True):
+            mean, half = row[f"{metric}.mean"], row[f"{metric}.high"] - row[f"{metric}.mean"]
+            look = {"color": COLOURS.get(row["method"], CYCLE[-1]), "fmt": MARKERS[row["when"]]}
+            axes.errorbar(at, mean, np.nan_to_num(half), ms=4.5, lw=1, **look)
+        axes.set_xlabel(f"p·γ·ρ, relative to {reference}'s")
+        axes.set_title(f"{METRICS[metric]}, difference to {baseline}", fontsize=9)
+        axes.grid(color="0.92")
+        axes.set_axisbelow(True)
+    methods = [name for name in COLOURS if name in set(frame["method"])]
+    handles = [Line2D([], [], color=COLOURS[name], marker="s", ls="", label=name) for name in methods]
+    handles += [
+        Line2D([], [], color="0.4", marker=m, ls="", label=f"SAM steps {k}") for k, m in MARKERS.items()
+    ]
+    drawn.legend(handles=handles, loc="outside upper center", ncols=len(handles), frameon=False, fontsize=8)
+    return drawn
+
+
+def _first(row: Row) -> str:
+    return next(iter(row.runs.values()))
