@@ -7,6 +7,7 @@ import subprocess
 import tarfile
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 from conftest import ROOT
@@ -83,6 +84,39 @@ def test_claims_follow_from_the_records(folder, protocol, tables, records):
     text = (folder / "README.md").read_text()
     (block,) = re.findall(r"<!-- claims -->\n(.*?)\n<!-- end -->", text, re.DOTALL)
     assert block == tables_of_claims(families, {table.name: table for table in tables}, records)
+
+
+def test_each_number_in_the_summary_is_in_the_table_or_claim_that_it_names(tree):
+    """<!-- = cpu/schedules: SAM, difference_to_SGD --> follows numbers of a row's estimate, <!-- = cpu: … -->
+    those of a claim, found by its words; signs are for the sentence to say."""
+    text = (tree / "results" / "README.md").read_text().partition("\n| ")[0]
+    *checked, rest = re.split(r"<!-- = (.*?) -->", text)
+    assert checked
+    for sentences, source in zip(checked[::2], checked[1::2], strict=True):
+        numbers = re.findall(r"(?<![\w.])\d+\.\d+", sentences)
+        assert numbers, source
+        there = _numbers_of(tree / "results", source)
+        for number in numbers:
+            digits = len(number.partition(".")[2])
+            assert number in {f"{abs(x):.{digits}f}" for x in there}, f"{number} is not in {source}: {there}"
+    assert not re.findall(r"\d\.\d", rest), "a number without its source"
+
+
+def _numbers_of(results, source):
+    where, _, what = source.partition(": ")
+    folder, *table = where.split("/", 1)
+    if not table:
+        lines = [
+            line.strip("| ").split("|") for line in (results / folder / "README.md").read_text().splitlines()
+        ]
+        estimates = [line[1] for line in lines if line[0].strip() == what]
+        return [float(x) for estimate in estimates for x in re.findall(r"\d+\.\d+", estimate)]
+    name, *column = table[0].split("/")
+    frame = pd.read_csv(results / folder / name / "table.csv")
+    row, metric = what.split(", ")
+    frame = frame[(frame["label"] == row) & (frame["column"].fillna("") == "".join(column))]
+    (line,) = frame[[f"{metric}.{part}" for part in ("mean", "low", "high", "std")]].to_numpy()
+    return line.tolist()
 
 
 def test_pages_link_to_what_is_there_and_the_first_to_every_table(tree):
