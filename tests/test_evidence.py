@@ -112,7 +112,7 @@ def _numbers_of(results, source):
         estimates = [line[1] for line in lines if line[0].strip() == what]
         return [float(x) for estimate in estimates for x in re.findall(r"\d+\.\d+", estimate)]
     name, *column = table[0].split("/")
-    frame = pd.read_csv(results / folder / name / "table.csv")
+    frame = pd.read_csv(results / folder / name / "table.csv", dtype={"column": "string"})
     row, metric = what.split(", ")
     frame = frame[(frame["label"] == row) & (frame["column"].fillna("") == "".join(column))]
     (line,) = frame[[f"{metric}.{part}" for part in ("mean", "low", "high", "std")]].to_numpy()
