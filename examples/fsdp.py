@@ -16,7 +16,7 @@ from torch.distributed.fsdp import fully_shard
 
 from rst import RST, Linear
 
-EPOCHS, BATCH = 4, 64
+EPOCHS, BATCH = 3, 64
 
 
 def main(checkpoint: Path) -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from by_hand import numbered_batches, run_example
+from lightning.fabric import Fabric
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.plugins.precision import MixedPrecision
 from reference import assert_close, assert_same_bits, network, sgd, state
@@ -133,6 +134,22 @@ def test_manual_optimization_with_micro_batches(tmp_path):
     assert run.optimizers[0].propagations == by_hand.propagations(SCHEDULE, STEPS)
     assert run.global_step == STEPS
     assert_close(state(net.net), by_hand.weights(SCHEDULE, STEPS, gamma=2.0, micro_batches=2))
+
+
+def test_fabric():
+    fabric = Fabric(accelerator="cpu", devices=1)
+    model = network()
+    optimizer = RST(sgd(model.parameters()), SCHEDULE, STEPS, gamma=2.0)
+    optimizer.module, prepared = fabric.setup(model, optimizer)
+    for i, x, y in numbered_batches(STEPS):
+        for _ in optimizer.passes():
+            torch.manual_seed(i)
+            fabric.backward(F.cross_entropy(optimizer.module(x), y))
+        fabric.clip_gradients(optimizer.module, prepared, max_norm=0.1)
+        prepared.step()
+    assert optimizer.propagations == by_hand.propagations(SCHEDULE, STEPS)
+    clip = partial(clip_grad_norm_, max_norm=0.1)
+    assert_close(state(model), by_hand.weights(SCHEDULE, STEPS, gamma=2.0, clip=clip))
 
 
 def test_a_resumed_run_is_the_whole_run_bit_for_bit(tmp_path):
