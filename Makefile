@@ -15,7 +15,8 @@ BIN := .venv/bin
 
 WHICH = --protocol $(PROTOCOL) --table $(TABLE)
 
-.PHONY: data reproduce-tables tables plan readme test test-slow test-all test-examples crash-test benchmark lint format clean
+.PHONY: data reproduce-tables tables plan readme test test-slow test-all test-examples crash-test benchmark theory lint \
+	format clean
 
 # Runs what is missing and writes the tables. Interrupted, it goes on when it is repeated.
 reproduce-tables: .venv/stamp
@@ -60,6 +61,11 @@ crash-test: .venv/stamp
 # "--device cuda" on a GPU.
 benchmark: .venv/stamp
 	$(BIN)/python -m scripts.benchmark $(ARGS)
+
+# Tests the predictions of docs/theory.md and remakes results/theory, in minutes; interrupted, it goes on when repeated.
+# ARGS=--collect remakes its figures and tables from the records.
+theory: .venv/stamp
+	OMP_NUM_THREADS=1 $(BIN)/python -m scripts.theory $(ARGS)
 
 lint: .venv/stamp
 	$(BIN)/ruff format --check .

@@ -1,9 +1,10 @@
-"""RST on a GPU: no waiting for it, CUDA graphs, float16."""
+"""RST on a GPU: beside the reference twin, no waiting for it, compiled models, CUDA graphs, float16."""
 
 import pytest
+import reference
 import torch
 import torch.nn.functional as F
-from reference import adamw, assert_close, assert_same_bits, batches, network, sgd, state, take_steps
+from reference import adamw, assert_close, assert_same_bits, batches, loss_of, network, sgd, state
 from torch import nn
 
 from rst import RST, Linear
@@ -36,14 +37,17 @@ def train(model, inputs, labels, optimizer, start=0, steps=STEPS):
 @RULES
 @GAMMAS
 @pytest.mark.parametrize("base", [sgd, adamw])
-def test_a_gpu_trains_as_a_cpu_does(base, gamma, adaptive):
+def test_a_gpu_trains_as_the_twin_does_on_a_cpu(base, gamma, adaptive):
     rule = {"rho": 0.3, "gamma": gamma, "adaptive": adaptive}
     model, inputs, labels = on_gpu()
     optimizer = RST(base(model.parameters()), Linear(0.2, 1.0), STEPS, module=model, **rule)
     train(model, inputs, labels, optimizer)
     other = network()
     other[3].p = 0.0
-    take_steps(other, RST(base(other.parameters()), Linear(0.2, 1.0), STEPS, module=other, **rule), STEPS)
+    steps = reference.train(
+        other, base(other.parameters()), lambda t: loss_of(other, t), Linear(0.2, 1.0), STEPS, **rule
+    )
+    assert optimizer.sam_steps == sum(steps)
     assert_close([x.cpu() for x in state(model)], state(other))
 
 
@@ -85,17 +89,19 @@ def test_parameters_keep_their_addresses(gamma):
     assert len(addresses) == 1
 
 
+@pytest.mark.parametrize(("mode", "gamma"), [("default", 1.0), ("default", 2.0), ("reduce-overhead", 1.0)])
 @RULES
-def test_cuda_graphs(adaptive):
-    """Recorded in some passes and replayed in later ones, also those with the other weights. With γ = 1, as
-    gradients cannot accumulate from one replay to the next."""
+def test_compiled_models(adaptive, mode, gamma):
+    """With reduce-overhead, CUDA graphs are recorded in some passes and replayed in later ones, also those
+    with the other weights. That is for γ = 1, as gradients cannot accumulate from one replay to the next."""
     models = []
     for compiled in (False, True):
         model, inputs, labels = on_gpu(torch.float32)
         models.append(model)
         if compiled:
-            model.compile(mode="reduce-overhead")
-        optimizer = RST(sgd(model.parameters()), 0.5, STEPS, rho=0.3, adaptive=adaptive, module=model)
+            model.compile(mode=mode)
+        rule = {"rho": 0.3, "gamma": gamma, "adaptive": adaptive}
+        optimizer = RST(sgd(model.parameters()), 0.5, STEPS, module=model, **rule)
         with torch._dynamo.config.patch(error_on_recompile=True):
             train(model, inputs, labels, optimizer)
         assert 0 < optimizer.sam_steps < STEPS

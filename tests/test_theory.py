@@ -1,15 +1,23 @@
 """The predictions of docs/theory.md at reduced size, and the committed results of `make theory`."""
 
+import math
 import sys
 
 import pytest
 import torch
 from conftest import ROOT
+from scipy import stats
 
 from rst import RST, Linear
 
 sys.path.insert(0, str(ROOT))
+from scripts.theory import strength
 from scripts.theory.chains import Chains
+from scripts.theory.rate import RHO, SHORTEST, STEP_SIZE, Runs, measure
+from scripts.theory.strength import Noise, Setting, bound, closed_form
+
+RESULTS = ROOT / "results" / "theory"
+FALSE_ALARM = 1e-4  # the probability that a right program fails a test that compares with a closed form
 
 
 @pytest.mark.parametrize("gamma", [1.0, 2.0])
@@ -30,3 +38,70 @@ def test_chains_that_advance_together_are_runs_of_their_own(gamma):
                 (theta - targets[t, run]).pow(4).sum().backward()
             optimizer.step()
         torch.testing.assert_close(chains.theta[run], theta.detach(), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("noise", ["skewed", "symmetric"])
+def test_the_strength_law(noise):
+    """The difference to SGD's mean gradient has a known standard deviation: that of Xγρs, as its long-run
+    variance is that of the steps' noise."""
+    setting = Setting(0.5, 2.0, 0.4, noise)
+    chains, steps, alpha = 6, 400, 0.02
+    row = strength.measure(setting, alpha=alpha, chains=chains, steps=steps)
+    bias, _ = closed_form(setting, alpha)
+    assert bias == pytest.approx(-0.4 / 3 if noise == "skewed" else 0.0)
+    n = chains * (steps - strength.BURN_IN / alpha)
+    deviation = math.sqrt((setting.p * (setting.gamma * setting.rho) ** 2 - bias**2) / n)
+    assert abs(row["bias"] - bias) < stats.norm.isf(FALSE_ALARM / 2) * deviation
+    assert abs(row["bias"] + 0.4 / 3) > 5 * deviation or noise == "skewed"  # which it could tell from none
+
+
+def test_the_closed_form_is_that_of_the_page():
+    V = 2 + 8 / 3 * 0.3 + 0.5 * 0.6**2 - 0.1**2
+    assert closed_form(Setting(0.5, 3.0, 0.2), 0.005) == pytest.approx((-0.1, 0.01 + 0.005 * V / 1.995))
+
+
+@pytest.mark.parametrize("p", [0.25, 0.5, 1.0])
+def test_the_bound_is_above_and_its_floor_within_two(p, monkeypatch):
+    """Of the stationary E‖∇f‖², exactly, for noise that is rarely large."""
+    monkeypatch.setitem(strength.NOISES, "rare", Noise((999.0, -1.0), 0.001))
+    for gamma, rho, alpha in [(1.0, 0.2, 0.25), (1 / p, 0.1, 0.01), (2.0, 0.4, 0.001)]:
+        _, square = closed_form(Setting(p, gamma, rho, "rare"), alpha)
+        assert square < bound(p, gamma, rho, alpha=alpha, variance=999.0)
+    bias, _ = closed_form(Setting(p, 2.0, 0.1, "rare"), 0.001)
+    assert 0.49 < bias**2 / bound(p, 2.0, 0.1, alpha=1e-9, variance=999.0) < 0.5
+
+
+def test_the_bound_on_a_quadratic():
+    """½Σ λ_i θ_i² with normal noise, from its first step on, at the largest α that the bound allows."""
+    curvatures = torch.tensor([1.0, 0.3, 0.05], dtype=torch.float64)
+    start = torch.full((3,), 2.0, dtype=torch.float64)
+    steps, runs, alpha = 60, 6, 0.25
+    noise = 0.3 * torch.randn(
+        (steps, runs, 3), generator=torch.Generator().manual_seed(0), dtype=torch.float64
+    )
+    for p, gamma, rho in [(1.0, 1.0, 1.0), (0.5, 2.0, 0.5)]:
+        chains = Chains(start, range(runs), p, steps, lr=alpha, rho=rho, gamma=gamma)
+        squares = []
+        for t in range(steps):
+            squares.append((curvatures * chains.theta).square().sum(1))
+            chains.step(
+                lambda theta, of, t=t: (0.5 * curvatures * theta.square() + noise[t, of] * theta).sum(1)
+            )
+        delta = 0.5 * (curvatures * start.square()).sum().item()
+        limit = bound(p, gamma, rho, alpha=alpha, variance=3 * 0.3**2, delta=delta, steps=steps)
+        assert 0.02 * limit < torch.stack(squares).mean() < limit
+
+
+def test_the_rate():
+    """Mean ‖∇f‖² falls as T^−½ where α and ρ do, and not where they stay: slopes within 0.1, of few runs."""
+
+    def slope(change):
+        means = []
+        for steps in (SHORTEST // 4, SHORTEST):
+            shrink = math.sqrt(SHORTEST / steps) if change else 1.0
+            runs = Runs("constant", steps, 2, STEP_SIZE / math.sqrt(SHORTEST) * shrink, RHO * shrink)
+            means.append(measure(runs).squares.mean().item())
+        return math.log(means[1] / means[0]) / math.log(4)
+
+    assert slope(change=True) == pytest.approx(-0.5, abs=0.1)
+    assert slope(change=False) < -0.65

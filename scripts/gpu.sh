@@ -1,0 +1,79 @@
+#!/usr/bin/env bash
+# What to do with half an hour of a GPU. Each step takes ten minutes at most, and repeated it goes on where it
+# stopped:
+#
+#   scripts/gpu.sh fetch  beforehand, with a network: wheels and CIFAR-10 into bundle/, which git ignores
+#   scripts/gpu.sh 1      right: the tests marked cuda
+#   scripts/gpu.sh 2      fast: the benchmark, into results/benchmark/
+#   scripts/gpu.sh 3      the paper's size: the tables gpu and gpu_wide, into results/gpu/
+#
+# DEVICE=cpu tries a step out without a GPU. ARGS are more arguments for what a step calls, such as these, which
+# shorten step 3:
+#   DEVICE=cpu ARGS="model=resnet18 epochs=1 batch_size=8 seed=0 dataset.root=FOLDER" scripts/gpu.sh 3
+# MINUTES limits a step, JOBS says how many runs share the GPU. Where OUT is set, the results are copied into it.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+step=${1:?usage: scripts/gpu.sh fetch|1|2|3}
+device=${DEVICE:-cuda:0} # by its number, so that several runs may share it
+read -ra args <<< "${ARGS:-}"
+python=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
+limit=(timeout --signal=INT --kill-after=40 "${MINUTES:-9}m")
+bundle=bundle
+
+# Everything of pyproject.toml's [suite] that images with PyTorch tend to lack, and what the benchmark compares with.
+packages=(hydra-core==1.3.8 omegaconf==2.3.1 antlr4-python3-runtime==4.9.3 hydra-joblib-launcher==1.2.0)
+packages+=(pydantic==2.14.4 annotated-types typing-inspection pytorch-optimizer==4.1.0)
+compiled=(pydantic-core==2.50.5)
+
+fetch() {
+  mkdir -p $bundle/wheels
+  "$python" -m pip wheel --no-deps --wheel-dir $bundle/wheels "${packages[@]}"
+  "$python" -m pip download --no-deps --only-binary=:all: --python-version "${FOR_PYTHON:-3.12}" \
+    --platform manylinux2014_x86_64 --platform manylinux_2_17_x86_64 --dest $bundle/wheels "${compiled[@]}"
+  cp "${ARCHIVE:-../shared/data/cifar10-jpeg.tar.gz}" $bundle/
+  du -sh $bundle
+}
+
+prepare() { # once on each machine
+  if [ -d $bundle/wheels ] && ! "$python" -c "import hydra, pydantic, pytorch_optimizer" 2> /dev/null; then
+    "$python" -m pip install --quiet --no-index --no-deps --no-compile --target outputs/.site $bundle/wheels/*.whl
+  fi
+  [ ! -d outputs/.site ] || export PYTHONPATH=$PWD/outputs/.site:${PYTHONPATH:-}
+}
+
+copy() { # what came of it, as one small file
+  [ -z "${OUT:-}" ] || tar -czf "$OUT/step$step.tar.gz" "$@"
+}
+
+case $step in
+  fetch) fetch ;;
+  1)
+    prepare
+    mkdir -p outputs
+    "${limit[@]}" "$python" -m pytest -m cuda -n 0 -rs 2>&1 | tee outputs/gpu-tests.txt
+    copy outputs/gpu-tests.txt
+    ;;
+  2)
+    prepare
+    "${limit[@]}" "$python" -m scripts.benchmark --device "$device" "${args[@]}"
+    copy $(find results/benchmark outputs/benchmark -name '*.md' -o -name '*.csv' 2> /dev/null)
+    ;;
+  3)
+    prepare
+    [ -d data/cifar10 ] || "$python" scripts/data.py --archive $bundle/cifar10-jpeg.tar.gz
+    tables=(--protocol gpu --reuse "${args[@]}")
+    code=0
+    for table in gpu gpu_wide; do
+      jobs=${JOBS:-$([ $table = gpu ] && echo 4 || echo 1)}
+      "${limit[@]}" "$python" scripts/reproduce.py "${tables[@]}" "device=$device" --table $table --jobs "$jobs" ||
+        { code=$? && break; } # the limit, or an error: what there is gets written down all the same
+    done
+    "$python" scripts/reproduce.py "${tables[@]}" --table gpu,gpu_wide --collect # commands without the device
+    copy $(ls -d results/gpu outputs/results/gpu 2> /dev/null)
+    exit $code
+    ;;
+  *)
+    echo "no step $step: fetch, 1, 2 or 3" >&2
+    exit 2
+    ;;
+esac
