@@ -14,7 +14,17 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from rst import RST, Constant, Periodic
+from rst import (
+    AESAM,
+    RST,
+    VSAM,
+    Constant,
+    LookSAM,
+    MomentumSAM,
+    PartialAscent,
+    Periodic,
+    StaleAscent,
+)
 from rst.data import Augment, ImageData, train_batches
 from rst.models import create
 from rst.schedule import Schedule
@@ -52,6 +62,25 @@ METHODS = {
     "RST, p = ½": Method(Periodic(2), gamma=1.0, steps=2),
     "G-RST, p = ½": Method(Periodic(2), gamma=2.0, steps=2),
 }
+
+
+class Rival(NamedTuple):
+    make: Callable[..., RST]
+    steps: int  # as of a method
+    beyond: str = ""  # what these steps take beyond SGD's
+
+
+ALWAYS: dict[str, Any] = {"lambda_1": -1e9, "lambda_2": -1e9}
+NEVER: dict[str, Any] = {"lambda_1": 1e9, "lambda_2": 1e9}
+RIVALS = {
+    "LookSAM, k = 2": Rival(partial(LookSAM, schedule=Periodic(2)), 2, "propagation"),
+    "VSAM, k = 2": Rival(partial(VSAM, schedule=Periodic(2)), 2, "propagation"),
+    "AE-SAM, all SAM steps": Rival(partial(AESAM, **ALWAYS), 1, "propagation"),
+    "AE-SAM, none": Rival(partial(AESAM, **NEVER), 1),
+    "partial ascent, f = ¼": Rival(partial(PartialAscent, fraction=0.25), 1, "propagation of ¼"),
+    "Momentum-SAM": Rival(MomentumSAM, 1),
+    "stale ascent": Rival(StaleAscent, 1),
+}
 PEERS = ("pytorch_optimizer's SAM", "hand-written SAM")
 
 
@@ -73,15 +102,16 @@ class Problem:
         self.images = images.to(memory_format=torch.channels_last)
         self.labels = torch.randint(10, (batch_size,), device=device)
 
-    def closure(self) -> None:
+    def closure(self, n: int | None = None) -> None:
+        """With the first `n` images, or all."""
         device = self.images.device.type
         with torch.autocast(device, torch.bfloat16, enabled=device != "cpu"):
-            loss = F.cross_entropy(self.model(self.images), self.labels)
+            loss = F.cross_entropy(self.model(self.images[:n]), self.labels[:n])
         loss.backward()
 
-    def propagate(self) -> None:
+    def propagate(self, n: int | None = None) -> None:
         self.model.zero_grad()
-        self.closure()
+        self.closure(n)
 
     def sgd(self, set_to_none: bool = True) -> Action:
         base = sgd(self.model)
@@ -104,6 +134,15 @@ class Problem:
 
         return steps
 
+    def rival(self, rival: Rival) -> Action:
+        optimizer = rival.make(sgd(self.model), total_steps=ENDLESS, rho=RHO, module=self.model)
+
+        def steps() -> None:
+            for _ in range(rival.steps):
+                optimizer.step(lambda: self.closure(optimizer.images(len(self.images))))
+
+        return steps
+
     def peer(self, name: str) -> Action:
         if name == "hand-written SAM":
             return partial(hand_written_sam_step, sgd(self.model), self.closure, RHO)
@@ -113,7 +152,8 @@ class Problem:
 
 def steps(settings: Settings) -> Iterator[Ratio]:
     """Time of a step over its arithmetic limit: that of SGD's step, plus that of a bare forward-backward pair
-    for a SAM step. RST and G-RST take a SAM step and a plain one in turn."""
+    for a SAM step (partial ascent: on a quarter of the batch). RST, G-RST, LookSAM and VSAM take a SAM step
+    and a plain one in turn."""
     cases = [("resnet20", 128), ("cifar_resnet18", 16)]
     if settings.device.type != "cpu":
         cases = [("cifar_resnet18", 128), ("wrn28_10", 128)]
@@ -125,6 +165,8 @@ def steps(settings: Settings) -> Iterator[Ratio]:
             actions[what] = problem().method(method)
             if settings.before is not None:
                 actions[f"{what}, before"] = problem().method(method, settings.before)
+        actions["propagation of ¼"] = partial(problem().propagate, batch_size // 4)
+        actions |= {what: problem().rival(rival) for what, rival in RIVALS.items()}
         actions |= {peer: problem().peer(peer) for peer in PEERS}
         measures = {what: timed(action, settings.device, repeat) for what, action in actions.items()}
         rounds = interleaved(measures, settings.rounds)
@@ -134,6 +176,9 @@ def steps(settings: Settings) -> Iterator[Ratio]:
             if settings.before is not None:
                 formula = _quotient(what, f"{what}, before")
                 yield of(f"{what}, after / before", formula=formula, target="≤ 1.02")
+        for what, rival in RIVALS.items():
+            formula = _to_limit(what, rival.steps, rival.beyond)
+            yield of(f"{what} / its limit", formula=formula, target="≤ 1.02")
         for peer in PEERS:
             yield of(f"{peer} / its limit", formula=_to_limit(peer))
             yield of(f"SAM / {peer}", formula=_quotient("SAM", peer))
@@ -143,9 +188,9 @@ def _quotient(a: str, b: str) -> Callable[[Round], float]:
     return lambda seconds: seconds[a] / seconds[b]
 
 
-def _to_limit(what: str, steps: int = 1) -> Callable[[Round], float]:
-    """Of `steps` steps, one of which is a SAM step."""
-    return lambda seconds: seconds[what] / (steps * seconds["SGD"] + seconds["propagation"])
+def _to_limit(what: str, steps: int = 1, beyond: str = "propagation") -> Callable[[Round], float]:
+    """Of `steps` steps, of which one takes more than SGD's, if any."""
+    return lambda seconds: seconds[what] / (steps * seconds["SGD"] + (seconds[beyond] if beyond else 0.0))
 
 
 def memory(settings: Settings) -> Iterator[Ratio]:
