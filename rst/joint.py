@@ -65,6 +65,12 @@ class Joint(Optimizer):
         for base in self.bases:
             base.zero_grad(set_to_none=True)
 
+    def _parameters(self) -> Iterator[Tensor]:
+        return (p for group in self.param_groups for p in group["params"] if p.requires_grad)
+
+    def _gradients(self) -> list[Tensor]:
+        return [p.grad for p in self._parameters() if p.grad is not None]
+
     def train(self) -> None:
         """Pass on to a base that has it, as schedule-free optimizers do."""
         for base in self.bases:

@@ -4,7 +4,7 @@ import math
 import re
 import warnings
 import weakref
-from collections.abc import Callable, Generator, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from numbers import Integral, Real
 from typing import Any, Literal
@@ -12,10 +12,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from rst.joint import Joint
 from rst.passes import (
+    Spent,
     buffers_kept,
     can_skip_averaging,
     check_module,
@@ -25,18 +25,11 @@ from rst.passes import (
     require_gradients,
     set_random_state,
     true_gradient,
-    versions_of,
 )
 from rst.perturbation import Perturbation, total_norm
-from rst.schedule import (
-    Constant,
-    Sampling,
-    Schedule,
-    Systematic,
-    expected_propagations,
-    propagations_std,
-    uniform,
-)
+from rst.schedule import Constant, Sampling, Schedule, decider, matched_gamma
+from rst.schedule import expected_propagations as expectation_of
+from rst.schedule import propagations_std as std_of
 
 Pass = Literal["clean", "perturbed"]
 
@@ -85,27 +78,21 @@ class RST(Joint):
         sync_perturbation: under DistributedDataParallel, average ∇L(θ) over the ranks before ε is taken.
             Otherwise each rank perturbs along its own gradient and a SAM step all-reduces once, as the
             authors do (m-sharpness). With sharded parameters (`fully_shard`) it is always averaged.
-        sampling: "independent" decides each step by a coin of its own; "systematic" spreads the SAM steps
-            evenly at the same p(t), so that their number is within 1 of Σ p(t), see
-            `rst.schedule.Systematic`.
+        sampling: "independent" throws a coin at each step; "systematic" spreads the SAM steps evenly at the
+            same p(t), so that their number is within 1 of Σ p(t), see `rst.schedule.Systematic`.
         module: the model, wrapped in DistributedDataParallel where it is, for its buffers, its
             `true_gradient` attributes and its `no_sync`. Without it, buffers move in both passes.
         seed: of the coin; the same on every rank.
 
     Raises:
-        TypeError, ValueError: for an argument out of its range, "matched" on a schedule of mean 0, and a base
-            that cannot be one: it needs a closure itself, or wraps another optimizer.
+        TypeError, ValueError: for an argument out of its range, and a base that cannot be one, see `Joint`.
 
     Attributes:
         steps, sam_steps, propagations: what was done so far; saved in `state_dict`.
         has_gradient: whether `.grad` holds a step's gradient that `step` has not used yet.
     """
 
-    SAVED: tuple[str, ...] = (
-        "steps",
-        "sam_steps",
-        "propagations",
-    )  # attributes that a resumed run goes on from
+    SAVED: tuple[str, ...] = ("steps", "sam_steps", "propagations")  # what a resumed run goes on from
     decides_late = False  # whether `_confirm` may say no
 
     def __init__(
@@ -127,9 +114,6 @@ class RST(Joint):
             raise ValueError(f"total_steps must be a whole number of at least 1, got {total_steps!r}")
         if mix not in ("gradient", "normalized"):
             raise ValueError(f"mix must be 'gradient' or 'normalized', got {mix!r}")
-        if sampling not in ("independent", "systematic"):
-            raise ValueError(f"sampling must be 'independent' or 'systematic', got {sampling!r}")
-        uniform(seed, 0)  # refuses a bad seed now, not at the first step
         if not isinstance(schedule, Real) and not callable(schedule):
             raise TypeError(
                 f"schedule must be a number or a schedule such as Linear(0.0, 1.0), got {schedule!r}"
@@ -141,7 +125,11 @@ class RST(Joint):
         for _, of_group in self._groups():
             _check_rho(of_group)
         self.schedule: Schedule = schedule if callable(schedule) else Constant(float(schedule))
-        self.gamma = _resolve_gamma(gamma, self.schedule, total_steps)
+        if gamma == "matched":
+            gamma = matched_gamma(self.schedule, total_steps)
+        if not isinstance(gamma, float | Real) or not 0 < gamma < math.inf:
+            raise ValueError(f"gamma must be a finite number above 0, or 'matched', got {gamma!r}")
+        self.gamma = float(gamma)
         self.total_steps = total_steps
         self.adaptive = adaptive
         self.mix = mix
@@ -152,22 +140,20 @@ class RST(Joint):
         self.steps = self.sam_steps = 0
         self.propagations: float = 0
         self.has_gradient = False
-        systematic = Systematic(self.schedule, total_steps, seed)
-        self._systematic = systematic if sampling == "systematic" else None
+        self._is_drawn = decider(sampling, self.schedule, total_steps, seed)
         self._perturbation = Perturbation()
         self._loop: weakref.ref[Any] | None = None
-        # Gradients that `step` has used, with their counts of changes then.
-        self._spent: MutableMapping[Tensor, tuple[int, int]] = {}
+        self._spent = Spent()
 
     @property
     def expected_propagations(self) -> float | None:
         """Of the whole run; None where only the run can tell."""
-        return expected_propagations(self.schedule, self.total_steps)
+        return expectation_of(self.schedule, self.total_steps)
 
     @property
     def propagations_std(self) -> float | None:
         """Standard deviation of a run's number of propagations; None where only the run can tell."""
-        return propagations_std(self.schedule, self.total_steps, self.sampling)
+        return std_of(self.schedule, self.total_steps, self.sampling)
 
     def passes(self) -> Generator[Pass, None, None]:
         """The passes of this step, for a loop whose body computes the loss and calls `backward()`.
@@ -215,7 +201,7 @@ class RST(Joint):
             RuntimeError: without a closure and without a loop over `passes()` since the last step.
         """
         loss = None if closure is None else self.gradient(closure)
-        grads = self._unspent_gradients()
+        grads = self._spent.leave_out(self._gradients())
         if not grads:
             raise RuntimeError("step() has no gradient: loop over passes() before it, or call step(closure)")
         # Zero gradients are how torch.distributed.checkpoint has an optimizer set up its state.
@@ -227,7 +213,7 @@ class RST(Joint):
         for base in self.bases:
             base.step()
         # They are left where they are, as wrappers such as Lookahead look at them after the step.
-        self._spent = WeakTensorKeyDictionary((grad, versions_of(grad)) for grad in self._gradients())
+        self._spent.mark(self._gradients())
         self.has_gradient = False
         return loss
 
@@ -256,21 +242,18 @@ class RST(Joint):
 
     def _sam_passes(self) -> Generator[Pass, None, bool]:
         """The passes of a SAM step. Returns whether it was one after all, see `_confirm`."""
-        devices = {p.device for p in self._parameters()}
-        before = random_state(devices)
+        before = random_state({p.device for p in self._parameters()})
         module: Any = self.module
         others = self._parameters_of_others()
         is_local = not self.sync_perturbation and can_skip_averaging(module, self._parameters(), bool(others))
-        with (
-            true_gradient(None if self.decides_late else module),
-            module.no_sync() if is_local else nullcontext(),
-        ):
+        shake = true_gradient(None if self.decides_late else module)
+        with shake, module.no_sync() if is_local else nullcontext():
             yield "clean"
         require_gradients(self._gradients())
         if not self._confirm():
             self._complete()
             return False
-        after = random_state(devices)
+        after = random_state(before)
         try:
             with self._perturbation.applied(list(self._groups()), self.adaptive), self._combine(is_local):
                 set_random_state(before)
@@ -284,16 +267,7 @@ class RST(Joint):
 
     def _decide(self) -> bool:
         """Before the clean pass: whether this is to be a SAM step."""
-        if self.steps >= self.total_steps:
-            raise ValueError(
-                f"step {self.steps + 1} is past the end of the run: total_steps={self.total_steps}"
-            )
-        p = self.schedule(self.steps, self.total_steps)
-        if not -1e-9 <= p <= 1 + 1e-9:
-            raise ValueError(f"the schedule gave p = {p} at step {self.steps}, which is no probability")
-        return (
-            uniform(self.seed, self.steps) < p if self._systematic is None else self._systematic(self.steps)
-        )
+        return self._is_drawn(self.steps)
 
     def _confirm(self) -> bool:
         """After the clean pass of what is to be a SAM step, with ∇L(θ) in `.grad`: whether it is one."""
@@ -316,7 +290,7 @@ class RST(Joint):
 
     def _refuse_to_drop_gradients(self) -> None:
         """After a step all are spent. These checks wait for the device, so only where some are not."""
-        grads = self._unspent_gradients()
+        grads = self._spent.leave_out(self._gradients())
         if not grads:
             return
         norm = total_norm(grads)  # on every rank the same
@@ -338,16 +312,6 @@ class RST(Joint):
                 rho = self.rho if "rho" in base.defaults else group.setdefault("rho", self.rho)
                 yield group["params"], rho
 
-    def _parameters(self) -> Iterator[Tensor]:
-        return (p for group in self.param_groups for p in group["params"] if p.requires_grad)
-
-    def _gradients(self) -> list[Tensor]:
-        return [p.grad for p in self._parameters() if p.grad is not None]
-
-    def _unspent_gradients(self) -> list[Tensor]:
-        """Those that no step has used, or that were added to since."""
-        return [grad for grad in self._gradients() if self._spent.get(grad) != versions_of(grad)]
-
     def _parameters_of_others(self) -> list[Tensor]:
         """The module's that are in no base, for some optimizer that RST does not know."""
         if self.module is None:
@@ -356,7 +320,7 @@ class RST(Joint):
         return [p for p in self.module.parameters() if p.requires_grad and id(p) not in own]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_loop": None, "_perturbation": Perturbation(), "_spent": {}}
+        return {**self.__dict__, "_loop": None, "_perturbation": Perturbation(), "_spent": Spent()}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         if hasattr(self, "rho"):
@@ -366,7 +330,7 @@ class RST(Joint):
     def extra_state(self) -> dict[str, Any]:
         """What a resumed run goes on from, and what it should have in common with the run that was saved."""
         schedule = re.sub(r" at 0x[0-9a-f]+", "", repr(self.schedule))
-        if self._systematic is not None:
+        if self.sampling == "systematic":
             schedule += ", sampled systematically"
         saved = {name: getattr(self, name) for name in self.SAVED}
         return {**saved, "seed": self.seed, "total_steps": self.total_steps, "schedule": schedule}
@@ -384,14 +348,3 @@ class RST(Joint):
 def _check_rho(rho: float) -> None:
     if not isinstance(rho, float | Real) or not 0 <= rho < math.inf:
         raise ValueError(f"rho must be a finite number of at least 0, got {rho!r}")
-
-
-def _resolve_gamma(gamma: float | str, schedule: Schedule, total_steps: int) -> float:
-    if gamma == "matched":
-        mean = expected_propagations(schedule, total_steps) / total_steps - 1
-        if mean <= 0:
-            raise ValueError("gamma='matched' is 1 / mean p, and this schedule has mean p = 0")
-        return 1 / mean
-    if not isinstance(gamma, float | Real) or not 0 < gamma < math.inf:
-        raise ValueError(f"gamma must be a finite number above 0, or 'matched', got {gamma!r}")
-    return float(gamma)

@@ -1,7 +1,7 @@
 """What the two passes of a SAM step must share, and what only the clean one may change."""
 
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, MutableMapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.graph import register_multi_grad_hook
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from rst.perturbation import divide, is_sharded, local, total_norm
 
@@ -165,6 +166,21 @@ def _is_zeroed(p: Tensor, grad: Tensor | None, version: int) -> bool:
 def versions_of(tensor: Tensor | None) -> tuple[int, int]:
     """Count the changes in place, of a DTensor those of itself and of its local tensor."""
     return tensor._version, local(tensor)._version  # type: ignore[arg-type, union-attr]
+
+
+class Spent:
+    """The gradients that a step has used, as they were then. They may stay in `.grad`, and what is added to
+    them is still noticed."""
+
+    def __init__(self) -> None:
+        self._counts: MutableMapping[Tensor, tuple[int, int]] = {}
+
+    def mark(self, grads: Iterable[Tensor]) -> None:
+        self._counts = WeakTensorKeyDictionary((grad, versions_of(grad)) for grad in grads)
+
+    def leave_out(self, grads: Iterable[Tensor]) -> list[Tensor]:
+        """Of `grads`, those that no step has used, or that were added to since."""
+        return [grad for grad in grads if self._counts.get(grad) != versions_of(grad)]
 
 
 def can_skip_averaging(module: Any, parameters: Iterable[Tensor], has_others: bool) -> bool:

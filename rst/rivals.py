@@ -11,91 +11,22 @@ that `GradScaler` skips leaves it as it was.
 """
 
 import math
-from abc import abstractmethod
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from numbers import Real
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from rst.optim import RST, Pass
-from rst.passes import require_gradients
 from rst.perturbation import divide, local, total_dot, total_norm
-from rst.schedule import Constant, Sampling, Schedule, Warmup, expected_propagations, propagations_std
+from rst.rival_bases import OnePass, Remembering, Reusing, check, everywhere, loss_scale
+from rst.schedule import Sampling, Schedule, expected_propagations, propagations_std
 
 Bases = Optimizer | Sequence[Optimizer]
 
 
-class _Remembering(RST):
-    """Carries a tensor for each parameter from one step to the next, under `KEY` in the parameter's state;
-    zeros before there is one, so that a checkpoint has the same entries whenever it is made."""
-
-    KEY: str
-    _new: Mapping[Tensor, Tensor] = {}  # of a step that is not made yet
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        super().zero_grad()
-        self._new = {}
-
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        loss = super().step(closure)
-        if self._remembers():  # only now, as some bases take a state that is not empty for their own
-            for p in self._parameters():
-                if p in self._new:
-                    self.state[p][self.KEY] = self._new[p]
-                elif p.grad is not None:
-                    self.state[p].setdefault(self.KEY, torch.zeros_like(p))
-        self._new = {}
-        return loss
-
-    def _remembers(self) -> bool:
-        return True
-
-    def _remembered(self, p: Tensor) -> Tensor | None:
-        return self.state[p].get(self.KEY) if p in self.state else None
-
-
-class _Reusing(_Remembering):
-    """Stores what a SAM step finds, and adds it to the gradient in plain steps. ∇L(θ) is averaged over the
-    ranks, or each would store something else."""
-
-    KEY = "sharpness"
-
-    @abstractmethod
-    def _find(self, clean: list[Tensor], perturbed: list[Tensor]) -> None:
-        """Turn g in `clean`, in place, into what is stored. `perturbed`: g_s."""
-
-    @abstractmethod
-    def _weight(self) -> Tensor:
-        """Of what is added, a scalar."""
-
-    @contextmanager
-    def _combine(self, is_local: bool) -> Iterator[None]:
-        parameters = [p for p in self._parameters() if p.grad is not None] if self._remembers() else []
-        # Copies, as DistributedDataParallel may have the next gradients in the same memory.
-        clean = [p.grad.clone() for p in parameters]  # type: ignore[union-attr]
-        with super()._combine(is_local):
-            yield
-        if self._remembers():
-            with torch.no_grad():
-                self._find(clean, [p.grad for p in parameters])  # type: ignore[misc]
-            self._new = dict(zip(parameters, clean, strict=True))
-
-    @torch.no_grad()
-    def _complete(self) -> None:
-        if not self._remembers() or self.sam_steps == 0:
-            return
-        weight = self._weight()
-        for p in self._parameters():
-            if p.grad is not None and (found := self._remembered(p)) is not None:
-                local(p.grad).addcmul_(local(found), weight.to(p.grad.device))
-
-
-class LookSAM(_Reusing):
+class LookSAM(Reusing):
     """LookSAM (Liu et al., CVPR 2022, arXiv 2203.02714): keeps the part of SAM's gradient that SGD's has not.
 
         SAM:    g_s, and v̂ = v/‖v‖ is stored, with v = g_s − (⟨g_s, g⟩/‖g‖²) g
@@ -122,7 +53,7 @@ class LookSAM(_Reusing):
         module: nn.Module | None = None,
         seed: int = 0,
     ) -> None:
-        _check("alpha", alpha, 0 <= alpha < math.inf, "a finite number of at least 0")
+        check("alpha", alpha, 0 <= alpha < math.inf, "a finite number of at least 0")
         rule: dict[str, Any] = {"adaptive": adaptive, "sampling": sampling, "sync_perturbation": True}
         super().__init__(base, schedule, total_steps, rho, **rule, module=module, seed=seed)
         self.alpha = alpha
@@ -187,9 +118,9 @@ class AESAM(LookSAM):
         schedule: None = None,
     ) -> None:
         for name, value in {"lambda_1": lambda_1, "lambda_2": lambda_2}.items():
-            _check(name, value, math.isfinite(value), "a finite number")
-        _check("delta", delta, 0 <= delta < 1, "in [0, 1)")
-        where = _everywhere(self, warmup_steps, schedule)
+            check(name, value, math.isfinite(value), "a finite number")
+        check("delta", delta, 0 <= delta < 1, "in [0, 1)")
+        where = everywhere(self, warmup_steps, schedule)
         rule: dict[str, Any] = {"alpha": alpha, "adaptive": adaptive, "module": module}
         super().__init__(base, schedule=where, total_steps=total_steps, rho=rho, **rule)
         self.lambda_1, self.lambda_2, self.delta = lambda_1, lambda_2, delta
@@ -217,7 +148,7 @@ class AESAM(LookSAM):
 
     def _confirm(self) -> bool:
         norm = total_norm(self._gradients())
-        squared = float(norm / _loss_scale(self.scaler, norm)) ** 2
+        squared = float(norm / loss_scale(self.scaler, norm)) ** 2
         if not math.isfinite(squared):
             return False
         self.mean += (1 - self.delta) * (squared - self.mean)
@@ -227,7 +158,7 @@ class AESAM(LookSAM):
         return squared >= self.mean + c * math.sqrt(self.variance)
 
 
-class VSAM(_Reusing):
+class VSAM(Reusing):
     """Reuse of SAM's difference (vSAM, arXiv 2403.08821; ARSAM, arXiv 2510.03763), at a schedule of SAM steps
     instead of their adaptive one:
 
@@ -263,7 +194,7 @@ class VSAM(_Reusing):
             local(g).neg_().add_(local(g_s)).div_(scale.to(g.device))
 
     def _weight(self) -> Tensor:
-        return _loss_scale(self.scaler, self._gradients()[0])
+        return loss_scale(self.scaler, self._gradients()[0])
 
 
 class PartialAscent(RST):
@@ -301,7 +232,7 @@ class PartialAscent(RST):
         module: nn.Module | None = None,
         seed: int = 0,
     ) -> None:
-        _check("fraction", fraction, 0 < fraction <= 1, "above 0 and at most 1")
+        check("fraction", fraction, 0 < fraction <= 1, "above 0 and at most 1")
         rule: dict[str, Any] = {"adaptive": adaptive, "sampling": sampling}
         rule |= {"sync_perturbation": sync_perturbation}
         super().__init__(base, schedule, total_steps, rho, **rule, module=module, seed=seed)
@@ -341,34 +272,7 @@ class PartialAscent(RST):
         return 1 + (part / batch if batch else 1) * is_sam
 
 
-class _OnePass(RST):
-    """Every gradient is taken at θ + ε, with an ε that is known before the pass. So it is one propagation a
-    step, in which BatchNorm's statistics move, and whose loss is that at θ + ε."""
-
-    SIGN = 1
-
-    @abstractmethod
-    def _direction(self, p: Tensor) -> Tensor | None:
-        """Of ε, up to its length."""
-
-    @property
-    def expected_propagations(self) -> float:
-        return self.total_steps
-
-    @property
-    def propagations_std(self) -> float:
-        return 0.0
-
-    def _sam_passes(self) -> Generator[Pass, None, bool]:
-        groups = [(parameters, self.SIGN * rho) for parameters, rho in self._groups()]
-        with self._perturbation.applied(groups, self.adaptive, self._direction):
-            yield "perturbed"
-        require_gradients(self._gradients())
-        self._complete()
-        return False
-
-
-class MomentumSAM(_OnePass):
+class MomentumSAM(OnePass):
     """Momentum-SAM (Becker et al., arXiv 2401.12033): every gradient is taken at θ − ρ v/‖v‖, with v the
     momentum buffer before the step; at θ while there is none. Costs 1 propagation a step, no memory beside
     SAM's. Of several bases, v is that of those which have a momentum buffer.
@@ -391,7 +295,7 @@ class MomentumSAM(_OnePass):
         module: nn.Module | None = None,
         schedule: None = None,
     ) -> None:
-        super().__init__(base, _everywhere(self, warmup_steps, schedule), total_steps, rho, module=module)
+        super().__init__(base, everywhere(self, warmup_steps, schedule), total_steps, rho, module=module)
         if not any(group.get("momentum") for group in self.param_groups):
             names = ", ".join(type(base).__name__ for base in self.bases)
             raise ValueError(
@@ -399,11 +303,19 @@ class MomentumSAM(_OnePass):
                 "SGD(momentum=0.9), say"
             )
 
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        loss = super().step(closure)
+        if all(self._direction(p) is None for p in self._parameters()):
+            raise RuntimeError(
+                "MomentumSAM finds no momentum_buffer in the base's state: use torch's SGD, say"
+            )
+        return loss
+
     def _direction(self, p: Tensor) -> Tensor | None:
         return self.state[p].get("momentum_buffer") if p in self.state else None
 
 
-class StaleAscent(_OnePass, _Remembering):
+class StaleAscent(OnePass, Remembering):
     """ε = ρ g_{t−1}/‖g_{t−1}‖, along the last gradient that a step was made with (S²-SAM †); none in the
     first step. Costs 1 propagation a step. Memory: beside SAM's, a copy of the parameters (g_{t−1}).
 
@@ -424,7 +336,7 @@ class StaleAscent(_OnePass, _Remembering):
         module: nn.Module | None = None,
         schedule: None = None,
     ) -> None:
-        where = _everywhere(self, warmup_steps, schedule)
+        where = everywhere(self, warmup_steps, schedule)
         super().__init__(base, where, total_steps, rho, adaptive=adaptive, module=module)
 
     def _direction(self, p: Tensor) -> Tensor | None:
@@ -433,20 +345,3 @@ class StaleAscent(_OnePass, _Remembering):
     def _complete(self) -> None:
         # Before it is unscaled and clipped, which do not turn it.
         self._new = {p: p.grad.clone() for p in self._parameters() if p.grad is not None}
-
-
-def _everywhere(method: RST, warmup_steps: int, schedule: object) -> Schedule:
-    """The schedule of a method that has none."""
-    if schedule is not None:
-        raise ValueError(f"{type(method).__name__} does not go by a schedule: leave it out, got {schedule!r}")
-    return Warmup(Constant(1.0), warmup_steps) if warmup_steps else Constant(1.0)
-
-
-def _loss_scale(scaler: GradScaler | None, like: Tensor) -> Tensor:
-    one = torch.ones((), device=like.device)
-    return one if scaler is None else scaler.scale(one)
-
-
-def _check(name: str, value: float, is_good: bool, words: str) -> None:
-    if not isinstance(value, float | Real) or not is_good:
-        raise ValueError(f"{name} must be {words}, got {value!r}")

@@ -31,8 +31,29 @@ def uniform(seed: int, step: int) -> float:
     return (draw(seed, "coin", step) >> 11) * 2.0**-53
 
 
-class Systematic:
-    """Systematic sampling in place of a coin per step: with S_t = Σ_{s≤t} p(s) and one offset U for the run,
+def probability(schedule: Schedule, step: int, total_steps: int) -> float:
+    """p(step). Raises ValueError where it is none, and past the end of the run."""
+    if step >= total_steps:
+        raise ValueError(f"step {step + 1} is past the end of the run: total_steps={total_steps}")
+    p = schedule(step, total_steps)
+    if not -1e-9 <= p <= 1 + 1e-9:
+        raise ValueError(f"the schedule gave p = {p} at step {step}, which is no probability")
+    return p
+
+
+class Independent:
+    """Decides by a coin per step, see `uniform`."""
+
+    def __init__(self, schedule: Schedule, total_steps: int, seed: int) -> None:
+        self.schedule, self.total_steps, self.seed = schedule, total_steps, seed
+
+    def __call__(self, step: int) -> bool:
+        """Whether `step` is a SAM step."""
+        return uniform(self.seed, step) < probability(self.schedule, step, self.total_steps)
+
+
+class Systematic(Independent):
+    """Decides by systematic sampling: with S_t = Σ_{s≤t} p(s) and one offset U for the run,
     uniform on [0, 1), step t is a SAM step iff ⌊S_t + U⌋ > ⌊S_{t−1} + U⌋.
 
     It is one with probability p(t), too, but the SAM steps of any stretch of the run are within 1 of their
@@ -40,11 +61,10 @@ class Systematic:
     """
 
     def __init__(self, schedule: Schedule, total_steps: int, seed: int) -> None:
-        self.schedule, self.total_steps, self.seed = schedule, total_steps, seed
+        super().__init__(schedule, total_steps, seed)
         self._rewind()
 
     def __call__(self, step: int) -> bool:
-        """Whether `step` is a SAM step."""
         if step < self._step:
             self._rewind()
         while self._step < step:
@@ -56,7 +76,15 @@ class Systematic:
         self._step, self._sum = 0, draw(self.seed, "offset") >> 11  # S_{step−1} + U
 
     def _p(self, step: int) -> int:
-        return round(min(max(self.schedule(step, self.total_steps), 0.0), 1.0) * UNIT)
+        return round(min(max(probability(self.schedule, step, self.total_steps), 0.0), 1.0) * UNIT)
+
+
+def decider(sampling: str, schedule: Schedule, total_steps: int, seed: int) -> Independent:
+    """What decides which steps are SAM steps. Raises ValueError for an unknown sampling or a bad seed."""
+    uniform(seed, 0)  # refuses a bad seed now, not at the first step
+    if sampling not in ("independent", "systematic"):
+        raise ValueError(f"sampling must be 'independent' or 'systematic', got {sampling!r}")
+    return (Systematic if sampling == "systematic" else Independent)(schedule, total_steps, seed)
 
 
 def expected_propagations(schedule: Schedule, total_steps: int) -> float:
@@ -81,6 +109,14 @@ def propagations_std(schedule: Schedule, total_steps: int, sampling: Sampling = 
     if sampling == "systematic":
         p = np.array([math.fsum(p) % 1.0])
     return math.sqrt(max(0.0, math.fsum(p * (1 - p))))
+
+
+def matched_gamma(schedule: Schedule, total_steps: int) -> float:
+    """γ = 1 / mean p, for SAM's expected regularization. Raises ValueError where mean p is 0."""
+    mean = expected_propagations(schedule, total_steps) / total_steps - 1
+    if mean <= 0:
+        raise ValueError("gamma='matched' is 1 / mean p, and this schedule has mean p = 0")
+    return 1 / mean
 
 
 def _probabilities(schedule: Schedule, total_steps: int) -> np.ndarray:

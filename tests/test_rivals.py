@@ -483,6 +483,14 @@ def test_looksam_agrees_with_pytorch_optimizer_on_a_single_tensor():
     assert_close(state(ours), state(theirs), rtol=1e-6, atol=1e-7)
 
 
+def test_momentum_sam_notices_that_its_base_keeps_no_buffer():
+    model = network()
+    base = torch.optim.Adagrad(model.parameters())
+    base.param_groups[0]["momentum"] = 0.9  # as that of an optimizer which keeps it under another name
+    with pytest.raises(RuntimeError, match="no momentum_buffer"):
+        train(model, MomentumSAM(base, total_steps=T), 1)
+
+
 def parameters():
     return [nn.Parameter(torch.ones(3))]
 

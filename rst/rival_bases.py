@@ -1,0 +1,125 @@
+"""What several rivals share."""
+
+from abc import abstractmethod
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import contextmanager
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.amp import GradScaler
+
+from rst.optim import RST, Pass
+from rst.passes import require_gradients
+from rst.perturbation import local
+from rst.schedule import Constant, Schedule, Warmup
+
+
+class Remembering(RST):
+    """Carries a tensor for each parameter from one step to the next, under `KEY` in the parameter's state;
+    zeros before there is one, so that a checkpoint has the same entries whenever it is made."""
+
+    KEY: str
+    _new: Mapping[Tensor, Tensor] = {}  # of a step that is not made yet
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        super().zero_grad()
+        self._new = {}
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        loss = super().step(closure)
+        if self._remembers():  # only now, as some bases take a state that is not empty for their own
+            for p in self._parameters():
+                if p in self._new:
+                    self.state[p][self.KEY] = self._new[p]
+                elif p.grad is not None:
+                    self.state[p].setdefault(self.KEY, torch.zeros_like(p))
+        self._new = {}
+        return loss
+
+    def _remembers(self) -> bool:
+        return True
+
+    def _remembered(self, p: Tensor) -> Tensor | None:
+        return self.state[p].get(self.KEY) if p in self.state else None
+
+
+class Reusing(Remembering):
+    """Stores what a SAM step finds, and adds it to the gradient in plain steps. ∇L(θ) is averaged over the
+    ranks, or each would store something else."""
+
+    KEY = "sharpness"
+
+    @abstractmethod
+    def _find(self, clean: list[Tensor], perturbed: list[Tensor]) -> None:
+        """Turn g in `clean`, in place, into what is stored. `perturbed`: g_s."""
+
+    @abstractmethod
+    def _weight(self) -> Tensor:
+        """Of what is added, a scalar."""
+
+    @contextmanager
+    def _combine(self, is_local: bool) -> Iterator[None]:
+        parameters = [p for p in self._parameters() if p.grad is not None] if self._remembers() else []
+        # Copies, as DistributedDataParallel may have the next gradients in the same memory.
+        clean = [p.grad.clone() for p in parameters]  # type: ignore[union-attr]
+        with super()._combine(is_local):
+            yield
+        if self._remembers():
+            with torch.no_grad():
+                self._find(clean, [p.grad for p in parameters])  # type: ignore[misc]
+            self._new = dict(zip(parameters, clean, strict=True))
+
+    @torch.no_grad()
+    def _complete(self) -> None:
+        if not self._remembers() or self.sam_steps == 0:
+            return
+        weight = self._weight()
+        for p in self._parameters():
+            if p.grad is not None and (found := self._remembered(p)) is not None:
+                local(p.grad).addcmul_(local(found), weight.to(p.grad.device))
+
+
+class OnePass(RST):
+    """Every gradient is taken at θ + ε, with an ε that is known before the pass. So it is one propagation a
+    step, in which BatchNorm's statistics move, and whose loss is that at θ + ε."""
+
+    SIGN = 1
+
+    @abstractmethod
+    def _direction(self, p: Tensor) -> Tensor | None:
+        """Of ε, up to its length."""
+
+    @property
+    def expected_propagations(self) -> float:
+        return self.total_steps
+
+    @property
+    def propagations_std(self) -> float:
+        return 0.0
+
+    def _sam_passes(self) -> Generator[Pass, None, bool]:
+        groups = [(parameters, self.SIGN * rho) for parameters, rho in self._groups()]
+        with self._perturbation.applied(groups, self.adaptive, self._direction):
+            yield "perturbed"
+        require_gradients(self._gradients())
+        self._complete()
+        return False
+
+
+def everywhere(method: RST, warmup_steps: int, schedule: object) -> Schedule:
+    """The schedule of a method that has none."""
+    if schedule is not None:
+        raise ValueError(f"{type(method).__name__} does not go by a schedule: leave it out, got {schedule!r}")
+    return Warmup(Constant(1.0), warmup_steps) if warmup_steps else Constant(1.0)
+
+
+def loss_scale(scaler: GradScaler | None, like: Tensor) -> Tensor:
+    one = torch.ones((), device=like.device)
+    return one if scaler is None else scaler.scale(one)
+
+
+def check(name: str, value: float, is_good: bool, words: str) -> None:
+    if not isinstance(value, float | Real) or not is_good:
+        raise ValueError(f"{name} must be {words}, got {value!r}")
