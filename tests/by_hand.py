@@ -69,8 +69,8 @@ def numbered_batches(count: int) -> list[tuple[int, Tensor, Tensor]]:
     return [(i, inputs[i], labels[i]) for i in range(count)]
 
 
-def propagations(schedule: Schedule, steps: int, seed: int = 0) -> int:
-    return steps + sum(uniform(seed, t) < schedule(t, steps) for t in range(steps))
+def propagations(schedule: Schedule, steps: int) -> int:
+    return steps + sum(uniform(0, t) < schedule(t, steps) for t in range(steps))
 
 
 def run_example(name: str, *arguments: object) -> list[float]:
