@@ -11,8 +11,9 @@ from scipy import stats
 from rst import RST, Linear
 
 sys.path.insert(0, str(ROOT))
-from scripts.theory import strength
+from scripts.theory import page, strength
 from scripts.theory.chains import Chains
+from scripts.theory.images import image_runs
 from scripts.theory.rate import RHO, SHORTEST, STEP_SIZE, Runs, measure
 from scripts.theory.strength import Noise, Setting, bound, closed_form
 
@@ -105,3 +106,19 @@ def test_the_rate():
 
     assert slope(change=True) == pytest.approx(-0.5, abs=0.1)
     assert slope(change=False) < -0.65
+
+
+def test_the_pages_tables_follow_from_the_records():
+    text = (RESULTS / "README.md").read_text()
+    for name, table in page.tables(page.recorded(RESULTS), image_runs(ROOT)).items():
+        assert f"<!-- {name} -->\n{table}\n<!-- end -->" in text
+
+
+def test_the_recorded_strengths_agree_with_the_closed_form():
+    """Each of them, by a t-test over runs."""
+    results = page.recorded(RESULTS)["strength"]
+    limit = stats.t.isf(FALSE_ALARM / 2, strength.CHAINS - 1)
+    for name in ("bias", "square"):
+        away = (results[name] - results[f"{name}_predicted"]).abs() / results[f"{name}_se"]
+        assert (away < limit).all()
+        assert (results["square"] < results["bound"]).all()

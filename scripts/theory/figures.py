@@ -10,7 +10,7 @@ from matplotlib.lines import Line2D
 
 from rst.reporting.statistics import estimate
 
-from .page import rows_of
+from .page import rows_of, series
 from .rate import SCHEDULES
 
 COLOURS = {1.0: "#D55E00", 0.75: "#E69F00", 0.5: "#0072B2", 0.25: "#009E73", 0.0: "#000000"}  # by p
@@ -45,20 +45,19 @@ def strength(results: pd.DataFrame) -> Figure:
 def rate(rates: pd.DataFrame, floors: pd.DataFrame) -> Figure:
     """Mean ‖∇f‖² against the number of steps, and the floor against the strength."""
     figure, (whole, late, floor) = _panels(3)
-    constant_rho = rates["rho"] == rates["rho"].max()
     for i, schedule in enumerate(SCHEDULES):
         for fixed in (False, True):
-            rows = rates[(rates["schedule"] == schedule) & (constant_rho == fixed)].sort_values("steps")
+            rows = series(rates, schedule, fixed)
             look: dict[str, Any] = {"color": OF_SCHEDULES[schedule], "ls": "--" if fixed else "-"}
             for axes, name in ((whole, "mean"), (late, "late")):
                 errors = 1.96 * rows[f"{name}_se"]
                 axes.errorbar(rows["steps"], rows[name], errors, marker=MARKERS[i], ms=4, lw=1.1, **look)
     for axes in (whole, late):
         steps = np.array([rates["steps"].min(), rates["steps"].max()])
-        low, high = axes.get_ylim()
-        axes.plot(steps, 0.6 * high * (steps / steps[0]) ** -0.5, color="0.6", lw=1, zorder=1)
-        axes.annotate("slope −½", (steps[1] / 8, 0.6 * high * (steps[1] / 8 / steps[0]) ** -0.5), fontsize=8)
-        axes.set(xscale="log", yscale="log", xlabel="steps T", ylim=(low, high))
+        top = 1.5 * rates["mean" if axes is whole else "late"].max()
+        axes.plot(steps, top * (steps / steps[0]) ** -0.5, color="0.6", lw=1, zorder=1)
+        axes.annotate("slope −½", (2 * steps[0], top * 0.8), fontsize=8)
+        axes.set(yscale="log", xlabel="steps T")
         axes.set_xscale("log", base=2)
     whole.set(ylabel="mean ‖∇f‖²", title="whole run")
     late.set(title="second half of the run")
@@ -71,6 +70,8 @@ def rate(rates: pd.DataFrame, floors: pd.DataFrame) -> Figure:
         look = _look(0.5 if moving else float(row.schedule), filled=not moving)
         floor.errorbar(row.strength, row.floor, 1.96 * row.floor_se, **look)
     floor.set(xscale="log", yscale="log", xlabel="strength pγρ", ylabel="‖mean ∇f‖²", title="the floor")
+    floor.set_xticks([0.05, 0.1, 0.2, 0.4], ["0.05", "0.1", "0.2", "0.4"])
+    floor.set_xticks([], minor=True)
     handles = [_handle(name, colour, line="-") for name, colour in OF_SCHEDULES.items()]
     handles += [_handle("ρ ∝ T^−½", "0.4", line="-"), _handle("ρ = 0.8", "0.4", line="--")]
     handles += [_handle(f"floor: p = {p:g}", COLOURS[p]) for p in (0.25, 0.5, 1.0)]

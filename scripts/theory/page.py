@@ -11,7 +11,7 @@ import pandas as pd
 from rst.reporting.pages import pipes
 from rst.reporting.statistics import estimate
 
-from .rate import SCHEDULES
+from .rate import RHO, SCHEDULES, SHORTEST
 
 Records = Mapping[str, pd.DataFrame]
 NAMES = ("strength", "rate", "floor")
@@ -38,6 +38,13 @@ def tables(records: Records, image_runs: pd.DataFrame) -> dict[str, str]:
     }
 
 
+def series(rates: pd.DataFrame, schedule: str, fixed: bool) -> pd.DataFrame:
+    """The runs of a schedule by their length, with ρ fixed or ∝ T^−½: at the shortest one it is the same."""
+    rho = RHO if fixed else RHO * np.sqrt(SHORTEST / rates["steps"])
+    right = np.isclose(rates["rho"], rho) if schedule != "SGD" else not fixed
+    return rates[(rates["schedule"] == schedule) & right].sort_values("steps")
+
+
 def slope(rows: pd.DataFrame, name: str) -> tuple[float, float]:
     """Least-squares slope of log `name` against log T, and its standard error from those of the points."""
     x, y = np.log(rows["steps"].to_numpy(float)), np.log(rows[name].to_numpy(float))
@@ -62,10 +69,9 @@ def _strength(results: pd.DataFrame) -> str:
 
 def _slopes(rates: pd.DataFrame) -> str:
     lines: list[dict[str, str]] = []
-    constant_rho = rates["rho"] == rates["rho"].max()
     for schedule in SCHEDULES:
         for fixed, rho in ((False, "∝ T^−½"), (True, "0.8")):
-            rows = rates[(rates["schedule"] == schedule) & (constant_rho == fixed)].sort_values("steps")
+            rows = series(rates, schedule, fixed)
             if rows.empty:
                 continue
             line = {"p(t)": schedule, "ρ": "–" if schedule == "SGD" else rho}
