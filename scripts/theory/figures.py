@@ -83,9 +83,8 @@ def rate(rates: pd.DataFrame, floors: pd.DataFrame) -> Figure:
 def images(runs: pd.DataFrame) -> Figure:
     """Test loss of every run against pγ, and each setting's mean with its interval."""
     figure, (axes,) = _panels(1, width=6.5)
-    for (p, gamma), rows in runs.groupby(["p", "gamma"]):
+    for (_, gamma), rows in runs.groupby(["p", "gamma"]):
         is_grst, x = gamma != 1, rows["strength"].iloc[0]
-        x += 0.03 * (is_grst - (not is_grst and p not in (0, 1))) if gamma != 3 and gamma != 1.5 else 0
         look: dict[str, Any] = {
             "color": "#009E73" if is_grst else "#0072B2",
             "marker": "s" if is_grst else "o",
