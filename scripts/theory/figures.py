@@ -94,6 +94,7 @@ def images(runs: pd.DataFrame) -> Figure:
         axes.errorbar(x, mean.mean, mean.high - mean.mean, ms=8, capsize=4, mfc="white", zorder=3, **look)
         if is_grst:
             axes.annotate(f"γ = {gamma:g}", (x, mean.mean), (9, 4), textcoords="offset points", fontsize=8)
+    axes.margins(x=0.1)  # for the label of the last point
     axes.set(xlabel="pγ (ρ = 0.2)", ylabel="test loss (nats)")
     names = {"#0072B2": "γ = 1: p from 0 (SGD) to 1 (SAM)", "#009E73": "p = ½: G-RST"}
     markers = ("o", "s")
