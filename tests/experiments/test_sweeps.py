@@ -138,11 +138,14 @@ def test_seeds_are_those_given_else_the_tables_else_the_protocols(conf):
     assert seeds([]) == list(range(10))
 
 
-def test_a_seed_is_a_part_of_the_data_under_folds():
+def test_a_seed_is_a_part_of_the_data_under_folds(conf):
     """SGD and SAM have two runs on each part, others one, which is paired with the mean of the two."""
-    (table,), cells = gather(["budget"], CONF, "folds", [])
+    folder = conf(rows=[SGD, SAM, {"label": "RST", "overrides": ["method=rst"]}])
+    (folder / "columns" / "folds.yaml").write_text((CONF / "columns" / "folds.yaml").read_text())
+    (table,), cells = gather(["t"], folder, "folds", [])
     rows = {row.label: row for row in table.columns[0].rows}
-    assert list(rows["SGD"].units) == list(rows["SGD × 2 epochs"].units) == list(range(2, 10))
+    assert list(rows["SGD"].units) == list(rows["RST"].units) == list(range(2, 10))
+    assert (len(rows["SGD"].runs), len(rows["RST"].runs)) == (16, 8)
     second, twelfth = (cells[run].run.config for run in rows["SGD"].units[2])
     assert (second["seed"], twelfth["seed"], twelfth["dataset"]["fold"]) == (2, 12, 12)
     assert (rows["SGD"].folds, rows["SAM"].folds) == (10, 10)
@@ -168,9 +171,9 @@ def test_a_columns_seeds_come_before_a_rows_and_those_before_the_tables(conf):
 
 @pytest.mark.parametrize("protocol", ["quick", "cpu", "folds"])
 def test_half_the_radius_is_half_the_protocols(protocol):
-    (table,), cells = gather(["budget"], CONF, protocol, ["seed=2"])
-    rho = {row.label: cells[row.runs[2]].run.config["method"].get("rho") for row in table.columns[0].rows}
-    assert rho["SAM at ρ/2"] == rho["SAM"] / 2
+    spec, _ = read_table(CONF, "budget", protocol)
+    (half,) = (row.overrides for row in spec.rows if row.label == "SAM at ρ/2")
+    assert half == ["method=sam", f"rho={compose('train', [f'protocol={protocol}']).rho / 2:g}"]
 
 
 @pytest.mark.parametrize(
