@@ -50,8 +50,9 @@ READING_DETAILS = (
 READING_SHARPNESS = (
     "L(θ): mean cross entropy on training images without augmentation, with the network in evaluation mode. "
     "λ_max: largest eigenvalue of its Hessian, comparable only at similar L(θ). L(θ + ε) − L(θ): increase by "
-    "SAM's perturbation at the protocol's ρ. L(θ ± d/2) − L(θ): increase along half a filter-normalised random "
-    "direction d; unlike λ_max and ε it does not depend on the scale of weights that BatchNorm follows."
+    "SAM's perturbation at the protocol's ρ. L(θ ± d/2) − L(θ): increase along half a filter-normalised "
+    "random direction d; unlike λ_max and ε it does not depend on the scale of weights that BatchNorm "
+    "follows."
 )
 # Of each row's runs, the distinct values of these columns of the records say where the numbers come from.
 SOURCES = {
