@@ -25,8 +25,8 @@ class Strength(NamedTuple):
 
 
 def points(tables: Sequence[Table], strengths: Mapping[str, Strength], records: pd.DataFrame) -> pd.DataFrame:
-    """A line for each row of the tables' first columns that has a strength and finished runs: its label,
-    method and strength relative to the reference's, and the estimate of each metric's difference to the
+    """A line for each row of the tables' first columns that has a strength, and runs that the baseline has,
+    too: its label, method and strength relative to the reference's, and the estimate of each metric's difference to the
     baseline, paired by seed or part. What several tables have counts once.
 
     Args:
@@ -46,7 +46,8 @@ def points(tables: Sequence[Table], strengths: Mapping[str, Strength], records: 
             for metric in METRICS:
                 gap = paired_difference(row.values(metric, records), baseline.values(metric, records))
                 line |= {f"{metric}.{part}": x for part, x in asdict(estimate(gap)).items()}
-            lines[_first(row)] = line
+            if line["test_error.n"]:
+                lines[_first(row)] = line
     return pd.DataFrame(lines.values())
 
 

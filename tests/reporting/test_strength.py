@@ -3,7 +3,7 @@
 import pytest
 from conftest import ROOT
 from hydra import initialize_config_dir
-from sample_runs import column, records, table
+from sample_runs import column, records, results, table
 
 from rst.experiments.driver import _strength
 from rst.experiments.sweeps import cells_of
@@ -30,6 +30,8 @@ def test_rows_without_a_strength_or_runs_are_left_out():
     only_sam = {key: value for key, value in KNOWN.items() if key != "rrst0"}
     assert points([table()], only_sam, records().joined)["label"].tolist() == ["SAM"]
     assert points([table(column())], KNOWN, records([]).joined).empty
+    without_sgd = [one for one in results() if one["choices"]["method"] != "sgd"]
+    assert points([table()], KNOWN, records(without_sgd).joined).empty
 
 
 @pytest.mark.parametrize(
