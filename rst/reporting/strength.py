@@ -25,9 +25,9 @@ class Strength(NamedTuple):
 
 
 def points(tables: Sequence[Table], strengths: Mapping[str, Strength], records: pd.DataFrame) -> pd.DataFrame:
-    """A line for each row of the tables' first columns that has a strength, and runs that the baseline has,
-    too: its label, method and strength relative to the reference's, and the estimate of each metric's difference to the
-    baseline, paired by seed or part. What several tables have counts once.
+    """A line for each row of the tables' first columns that has a strength, and seeds that the baseline has,
+    too: its label, method and strength relative to the reference's, and the estimate of each metric's
+    difference to the baseline, paired by seed or part. What several tables have counts once.
 
     Args:
         strengths: by run id.
