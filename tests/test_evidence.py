@@ -139,8 +139,10 @@ def test_the_propagation_count_is_the_coins(records):
     """Within 4 standard deviations of its closed form, for every run."""
     runs = records.runs
     away = (runs["propagations"] - runs["expected_propagations"]).abs()
-    assert (away <= 4 * runs["propagations_std"] + 1e-9).all()
-    assert (runs["propagations"] == runs["steps"] + runs["sam_steps"]).all()
+    known = away.notna()  # AE-SAM's is measured only
+    assert (away <= 4 * runs["propagations_std"] + 1e-9)[known].all()
+    twice = ~runs["choices.method"].isin(["partial", "msam", "stale"])  # whose SAM steps cost less than two
+    assert (runs["propagations"] == runs["steps"] + runs["sam_steps"])[twice].all()
     assert not runs["dirty"].any()
 
 

@@ -39,6 +39,8 @@ def of_column(summary: Summary, curves: pd.DataFrame) -> dict[str, Figure]:
     figures = {"forest": forest(summary, frame), "curves": training_curves(summary, frame, curves)}
     if _about(frame).is_unique:
         figures["error"] = error(summary, frame)
+    if (_family(frame).value_counts() > 1).sum() >= 3:
+        figures["cost"] = cost(summary, frame)
     measured = frame[frame["lambda_max.n"] > 0]
     if len(measured):
         figures["sharpness"] = sharpness(measured)
@@ -112,6 +114,35 @@ def error(summary: Summary, frame: pd.DataFrame) -> Figure:
     axes.grid(color="0.92")
     axes.set_axisbelow(True)
     return figure
+
+
+def cost(summary: Summary, frame: pd.DataFrame) -> Figure:
+    """Difference to the reference with its 95 % interval against the measured η. Rows whose labels begin
+    alike ("LookSAM, every 2" and "LookSAM, every 4") are one method: one marker, joined by a line."""
+    name = f"difference_to_{summary.reference}"
+    figure = Figure(figsize=(9, 5.5), dpi=150, layout="constrained")
+    axes = figure.subplots()
+    axes.axhline(0, color="0.4", lw=0.9)
+    for i, (family, rows) in enumerate(frame.groupby(_family(frame), sort=False)):
+        rows = rows.sort_values("eta.mean")
+        gaps = [estimate_of(row, name) for row in rows.to_dict("records")]
+        mean = np.nan_to_num([gap.mean for gap in gaps])  # 0: the reference itself
+        half = np.nan_to_num([gap.high - gap.mean for gap in gaps])
+        anchors = {"SGD": "black", "SAM": COLOURS["sam"]}
+        look: dict[str, Any] = {"color": anchors.get(str(family), CYCLE[i % len(CYCLE)])}
+        look |= {"ls": DASHES[i % len(DASHES)], "marker": MARKERS[i % len(MARKERS)], "lw": 1.0, "ms": 6}
+        axes.errorbar(rows["eta.mean"], mean, half, elinewidth=0.7, label=family, **look)
+    axes.set_xlabel(f"η, propagations (forward-backward passes) per step of {summary.baseline}")
+    axes.set_ylabel(f"difference in {summary.split} error to {summary.reference} (points)")
+    axes.grid(color="0.92")
+    axes.set_axisbelow(True)
+    figure.legend(loc="outside right upper", frameon=False, fontsize=8)
+    return figure
+
+
+def _family(frame: pd.DataFrame) -> pd.Series:
+    """The method that a row's label begins with, before a comma or a factor on its epochs."""
+    return frame["label"].str.split(", | × ", regex=True).str[0]
 
 
 def training_curves(summary: Summary, frame: pd.DataFrame, curves: pd.DataFrame) -> Figure:

@@ -27,6 +27,7 @@ METRICS = USUAL + DETAILS
 HEADLINES = {
     "forest": "{split} error, difference to {reference} with its 95 % interval, by propagation count",
     "error": "{split} error against propagation count",
+    "cost": "{split} error against propagation count, difference to {reference}, a line a method",
 }
 FIGURES = {
     "curves": "{split} error and training loss during training",

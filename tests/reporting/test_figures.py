@@ -5,7 +5,7 @@ import pytest
 from sample_runs import column, records, results, table
 
 from rst.reporting.figures import of_column, schedules
-from rst.reporting.tables import summarize
+from rst.reporting.tables import Row, summarize
 from rst.schedule import Constant, Linear, uniform
 
 
@@ -73,6 +73,19 @@ def test_errors_stand_at_their_measured_cost():
 def test_rows_of_one_cost_have_no_figure_in_which_they_hide_each_other():
     some = [one | {"propagations": 905} if one["choices"]["method"] != "sgd" else one for one in results()]
     assert "error" not in figures_of(some=some)
+
+
+def test_methods_at_several_costs_have_a_line_each():
+    asked = table(column(methods=["sgd", "sam", "rst"]))
+    runs = {row.label: row.runs for row in asked.columns[0].rows}
+    again = {f"{method}, {what}": runs[method] for method in ("SGD", "SAM", "RST") for what in ("a", "b")}
+    asked.columns[0].rows.extend(Row(label, "", of) for label, of in again.items())
+    assert "cost" not in figures_of()
+    axes = figures_of(asked)["cost"].axes[0]
+    lines = {container.get_label(): container[0] for container in axes.containers}
+    assert lines["RST"].get_xdata().tolist() == pytest.approx([1 + 292 / 600] * 3)
+    assert lines["RST"].get_ydata().tolist() == pytest.approx([1] * 3)
+    assert sorted(lines["SAM"].get_ydata().tolist()) == [0, 0, 0]
 
 
 def test_curves_are_means_over_seeds():
