@@ -257,7 +257,7 @@ def ranks_of(process):
 def test_torchrun_killed_interrupted_and_resumed_in_one_process(tmp_path):
     """Rank 1 is killed; on two ranks again, told to end; in one process, told to end; on two, to the last."""
     whole, outputs = tmp_path / "whole", tmp_path / "outputs"
-    assert started([sys.executable, "train.py"], whole).wait(120) == 0
+    assert started([sys.executable, "train.py"], whole).wait(300) == 0
 
     job = started(TORCHRUN, outputs)
     wait_until(lambda: epochs_in(outputs) >= 1)
@@ -284,7 +284,7 @@ def test_torchrun_killed_interrupted_and_resumed_in_one_process(tmp_path):
     job.send_signal(signal.SIGINT)
     assert job.wait(60) == 128 + signal.SIGINT
 
-    assert started(TORCHRUN, outputs).wait(120) == 0
+    assert started(TORCHRUN, outputs).wait(300) == 0
     result, expected = (
         json.loads(only(where.glob("*/result.json")).read_text()) for where in (outputs, whole)
     )
