@@ -205,7 +205,7 @@ def _write(
 ) -> list[Path]:
     # The schedules of the first column, of rows as long as most; another may have other steps, or a warmup.
     runs = {row.label: _a_run(row, cells) for row in table.columns[0].rows if row.epochs_factor == 1}
-    configs = {label: run.config for label, run in runs.items() if run.choices["method"] not in NO_SCHEDULE}
+    configs = {label: run.config for label, run in runs.items() if _tosses_coins(run)}
     config = next(iter(configs.values()))
     epoch_steps = steps_per_epoch(config)
     schedules = {label: schedule_of(config, epoch_steps) for label, config in configs.items()}
@@ -243,6 +243,12 @@ def _strength(config: Mapping[str, Any]) -> tuple[float, str] | None:
 
 def _a_run(row: Row, cells: Mapping[str, Cell]) -> Run:
     return cells[next(iter(row.runs.values()))].run
+
+
+def _tosses_coins(run: Run) -> bool:
+    """Whether each step of the run tosses a coin of its own for its schedule's p(t)."""
+    is_systematic = run.config["method"].get("sampling") == "systematic"
+    return run.choices["method"] not in NO_SCHEDULE and not is_systematic
 
 
 def _log(
