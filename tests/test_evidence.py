@@ -38,7 +38,11 @@ def tree(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module", params=RECORDED)
+# To compose a protocol's tables takes seconds: by default, those of the quickest.
+EACH = [name if name == "quick" else pytest.param(name, marks=pytest.mark.slow) for name in RECORDED]
+
+
+@pytest.fixture(scope="module", params=EACH)
 def protocol(request):
     return request.param
 

@@ -31,6 +31,8 @@ from torch.distributed.tensor.parallel import (
 
 from rst import RST
 
+pytestmark = pytest.mark.slow
+
 STEPS, SEED, RANKS = 6, 2, 2
 CASES = {
     "sam": {},

@@ -64,6 +64,7 @@ def power_iteration(times, size, n=100):
     return v.norm().item()
 
 
+@pytest.mark.slow
 def test_lambda_max_is_that_of_power_iteration_on_resnet8():
     torch.manual_seed(0)
     model = create("resnet8", num_classes=3, in_chans=3, image_size=(8, 8), width=4)

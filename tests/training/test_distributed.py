@@ -193,6 +193,7 @@ def test_all_ranks_stop_before_an_update_that_is_not_finite(trained):
     ] * RANKS
 
 
+@pytest.mark.slow
 def test_resuming_on_two_ranks_then_one_then_two(trained, tmp_path):
     """Left within the first epoch, resumed in one process, left within the second epoch, resumed on two."""
     begun = {}

@@ -158,7 +158,11 @@ def streamed(images, outputs):
 @pytest.mark.parametrize(
     ("number", "hint"),
     [
-        (signal.SIGKILL, "Killed; probably for lack of memory: use fewer dataset.workers"),
+        pytest.param(
+            signal.SIGKILL,
+            "Killed; probably for lack of memory: use fewer dataset.workers",
+            marks=pytest.mark.slow,
+        ),
         (signal.SIGBUS, "Bus error; shared memory is full: enlarge /dev/shm, or set dataset.workers=0"),
     ],
     ids=["SIGKILL", "SIGBUS"],
@@ -188,6 +192,7 @@ def test_an_error_while_workers_are_at_work_ends_the_run(run_train, images, tmp_
         run_train(*streamed(images, tmp_path / "outputs"), *diverging)
 
 
+@pytest.mark.slow
 def test_workers_that_nobody_tells_to_end(images, tmp_path):
     """As where an error interrupts the telling. `multiprocessing` sends them SIGTERM when the main process
     exits, and waits for as long as it takes."""
