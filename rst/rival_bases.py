@@ -1,7 +1,7 @@
 """What several rivals share."""
 
 from abc import abstractmethod
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from numbers import Real
 from typing import Any
@@ -9,11 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.amp import GradScaler
+from torch.optim import Optimizer
 
 from rst.optim import RST, Pass
 from rst.passes import require_gradients
 from rst.perturbation import local
 from rst.schedule import Constant, Schedule, Warmup
+
+Bases = Optimizer | Sequence[Optimizer]
 
 
 class Remembering(RST):
@@ -50,6 +53,11 @@ class Reusing(Remembering):
     ranks, or each would store something else."""
 
     KEY = "sharpness"
+
+    def __init__(
+        self, base: Bases, schedule: Schedule | float, total_steps: int, rho: float, **options: Any
+    ) -> None:
+        super().__init__(base, schedule, total_steps, rho, sync_perturbation=True, **options)
 
     @abstractmethod
     def _find(self, clean: list[Tensor], perturbed: list[Tensor]) -> None:

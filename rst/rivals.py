@@ -11,19 +11,16 @@ that `GradScaler` skips leaves it as it was.
 """
 
 import math
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator
 from typing import Any
 
 from torch import Tensor, nn
 from torch.amp import GradScaler
-from torch.optim import Optimizer
 
 from rst.optim import RST, Pass
 from rst.perturbation import divide, local, total_dot, total_norm
-from rst.rival_bases import OnePass, Remembering, Reusing, check, everywhere, loss_scale
+from rst.rival_bases import Bases, OnePass, Remembering, Reusing, check, everywhere, loss_scale
 from rst.schedule import Sampling, Schedule, expected_propagations, propagations_std
-
-Bases = Optimizer | Sequence[Optimizer]
 
 
 class LookSAM(Reusing):
@@ -54,8 +51,16 @@ class LookSAM(Reusing):
         seed: int = 0,
     ) -> None:
         check("alpha", alpha, 0 <= alpha < math.inf, "a finite number of at least 0")
-        rule: dict[str, Any] = {"adaptive": adaptive, "sampling": sampling, "sync_perturbation": True}
-        super().__init__(base, schedule, total_steps, rho, **rule, module=module, seed=seed)
+        super().__init__(
+            base,
+            schedule,
+            total_steps,
+            rho,
+            adaptive=adaptive,
+            sampling=sampling,
+            module=module,
+            seed=seed,
+        )
         self.alpha = alpha
 
     def _remembers(self) -> bool:
@@ -184,8 +189,16 @@ class VSAM(Reusing):
         seed: int = 0,
         scaler: GradScaler | None = None,
     ) -> None:
-        rule: dict[str, Any] = {"adaptive": adaptive, "sampling": sampling, "sync_perturbation": True}
-        super().__init__(base, schedule, total_steps, rho, **rule, module=module, seed=seed)
+        super().__init__(
+            base,
+            schedule,
+            total_steps,
+            rho,
+            adaptive=adaptive,
+            sampling=sampling,
+            module=module,
+            seed=seed,
+        )
         self.scaler = scaler
 
     def _find(self, clean: list[Tensor], perturbed: list[Tensor]) -> None:
@@ -233,9 +246,17 @@ class PartialAscent(RST):
         seed: int = 0,
     ) -> None:
         check("fraction", fraction, 0 < fraction <= 1, "above 0 and at most 1")
-        rule: dict[str, Any] = {"adaptive": adaptive, "sampling": sampling}
-        rule |= {"sync_perturbation": sync_perturbation}
-        super().__init__(base, schedule, total_steps, rho, **rule, module=module, seed=seed)
+        super().__init__(
+            base,
+            schedule,
+            total_steps,
+            rho,
+            adaptive=adaptive,
+            sync_perturbation=sync_perturbation,
+            sampling=sampling,
+            module=module,
+            seed=seed,
+        )
         self.fraction = fraction
         self._ascends = False
         self._asked = 0, 0  # images of the part and of the batch, in this ascent

@@ -95,7 +95,7 @@ def expected_propagations(schedule: Schedule, total_steps: int) -> float:
     Raises:
         ValueError: `total_steps` is less than 1.
     """
-    return total_steps + math.fsum(_probabilities(schedule, total_steps))
+    return total_steps + math.fsum(probabilities(schedule, total_steps))
 
 
 def propagations_std(schedule: Schedule, total_steps: int, sampling: Sampling = "independent") -> float:
@@ -105,7 +105,7 @@ def propagations_std(schedule: Schedule, total_steps: int, sampling: Sampling = 
     Raises:
         ValueError: `total_steps` is less than 1.
     """
-    p = _probabilities(schedule, total_steps)
+    p = probabilities(schedule, total_steps)
     if sampling == "systematic":
         p = np.array([math.fsum(p) % 1.0])
     return math.sqrt(max(0.0, math.fsum(p * (1 - p))))
@@ -119,7 +119,7 @@ def matched_gamma(schedule: Schedule, total_steps: int) -> float:
     return 1 / mean
 
 
-def _probabilities(schedule: Schedule, total_steps: int) -> np.ndarray:
+def probabilities(schedule: Schedule, total_steps: int) -> np.ndarray:
     """p(t) for t = 0 … T−1."""
     if total_steps < 1:
         raise ValueError(f"total_steps must be at least 1, got {total_steps}")

@@ -14,7 +14,7 @@ from hydra.utils import instantiate
 from torch.utils.flop_counter import FlopCounterMode
 
 from rst.training.device import PRECISIONS, allow_tf32, cpu_threads, pick_device
-from rst.training.parts import checkpoint_bytes, new_optimizer, part
+from rst.training.parts import checkpoint_bytes, optimizer_alone
 
 
 class DataSize(NamedTuple):
@@ -72,8 +72,7 @@ def cost_of(config: Mapping[str, Any]) -> Cost:
 
 
 def _propagations(config: Mapping[str, Any], epoch_steps: int) -> float:
-    base = part(config["optimizer"])([torch.nn.Parameter(torch.zeros(1))])
-    optimizer = new_optimizer(config, base, epoch_steps)
+    optimizer = optimizer_alone(config, epoch_steps)
     expected = optimizer.expected_propagations
     return 2.0 * optimizer.total_steps if expected is None else expected
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from hydra import initialize_config_dir
 from hydra.core.utils import JobReturn
 from joblib import cpu_count
@@ -25,8 +24,9 @@ from rst.optim import RST
 from rst.reporting.claims import write_claims
 from rst.reporting.records import Finished, Records, collect, recorded_in
 from rst.reporting.tables import Row, Table, write_table
+from rst.schedule import probabilities
 from rst.training.identity import can_change_results
-from rst.training.parts import new_optimizer, part, schedule_of
+from rst.training.parts import optimizer_alone, schedule_of
 from rst.training.run import Run
 from rst.training.tracking import log_table
 
@@ -230,19 +230,17 @@ def _draw_strength(
 
 def _strength(config: Mapping[str, Any]) -> tuple[float, str] | None:
     """p̄·γ·ρ, and when most of the SAM steps are; None where a method has more to it."""
-    base = part(config["optimizer"])([torch.nn.Parameter(torch.zeros(1))])
-    optimizer = new_optimizer(config, base, steps_per_epoch(config))
+    optimizer = optimizer_alone(config, steps_per_epoch(config))
     if type(optimizer) is not RST or optimizer.adaptive or optimizer.mix != "gradient":
         return None
-    steps = np.arange(optimizer.total_steps)
-    p = np.array([optimizer.schedule(t, len(steps)) for t in range(len(steps))])
-    centre = (p @ steps / p.sum() + 0.5) / len(steps) if p.any() else 0.5
+    p = probabilities(optimizer.schedule, optimizer.total_steps)
+    centre = (p @ np.arange(len(p)) / p.sum() + 0.5) / len(p) if p.any() else 0.5
     when = "even" if abs(centre - 0.5) < 0.01 else "late" if centre > 0.5 else "early"
     return float(p.mean()) * optimizer.gamma * optimizer.rho, when
 
 
 def _a_run(row: Row, cells: Mapping[str, Cell]) -> Run:
-    return cells[next(iter(row.runs.values()))].run
+    return cells[row.first_run].run
 
 
 def _tosses_coins(run: Run) -> bool:

@@ -11,7 +11,7 @@ from matplotlib.lines import Line2D
 
 from rst.reporting.figures import COLOURS, CYCLE
 from rst.reporting.statistics import LOSSES, estimate, paired_difference
-from rst.reporting.tables import Row, Table
+from rst.reporting.tables import Table
 
 METRICS = {"test_error": "Test error (points)", **LOSSES}
 MARKERS = {"early": "v", "even": "o", "late": "^"}  # by when most of the SAM steps are
@@ -36,10 +36,10 @@ def points(tables: Sequence[Table], strengths: Mapping[str, Strength], records: 
     for table in tables:
         rows = {row.label: row for row in table.columns[0].rows}
         baseline = rows[table.baseline]
-        whole = strengths[_first(rows[table.reference])].product
+        whole = strengths[rows[table.reference].first_run].product
         for row in rows.values():
             runs = records[records["id"].isin(list(row.runs.values()))]
-            if row is baseline or runs.empty or (strength := strengths.get(_first(row))) is None:
+            if row is baseline or runs.empty or (strength := strengths.get(row.first_run)) is None:
                 continue
             line = {"label": row.label, "method": runs["choices.method"].iloc[0], "when": strength.when}
             line["strength"] = strength.product / whole
@@ -47,7 +47,7 @@ def points(tables: Sequence[Table], strengths: Mapping[str, Strength], records: 
                 gap = paired_difference(row.values(metric, records), baseline.values(metric, records))
                 line |= {f"{metric}.{part}": x for part, x in asdict(estimate(gap)).items()}
             if line["test_error.n"]:
-                lines[_first(row)] = line
+                lines[row.first_run] = line
     return pd.DataFrame(lines.values())
 
 
@@ -76,7 +76,3 @@ def figure(frame: pd.DataFrame, baseline: str, reference: str) -> Figure:
     ]
     drawn.legend(handles=handles, loc="outside upper center", ncols=len(handles), frameon=False, fontsize=8)
     return drawn
-
-
-def _first(row: Row) -> str:
-    return next(iter(row.runs.values()))

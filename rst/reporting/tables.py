@@ -47,15 +47,23 @@ class Row:
         """The runs of each unit that rows are paired by: a seed or, with `folds`, a part of the data."""
         units: dict[int, list[str]] = {}
         for seed, run in self.runs.items():
-            units.setdefault(seed % self.folds if self.folds else seed, []).append(run)
+            units.setdefault(self._unit(seed), []).append(run)
         return units
+
+    def _unit(self, seed: int) -> int:
+        return seed % self.folds if self.folds else seed
+
+    @property
+    def first_run(self) -> str:
+        """The id of its first seed's run, whose settings but the seed are those of all."""
+        return next(iter(self.runs.values()))
 
     def values(self, metric: str, records: pd.DataFrame) -> pd.Series:
         """A metric by unit: the mean of a unit's runs that the records have it of. Propagations per step are
         per step of a row of `epochs_factor` 1, so that equal η is equal cost."""
         of_seeds = values(metric, self.runs, records)
         factor = self.epochs_factor if metric in ("eta", "eta_expected") else 1.0
-        return factor * of_seeds.groupby(lambda seed: seed % self.folds if self.folds else seed).mean()
+        return factor * of_seeds.groupby(self._unit).mean()
 
 
 @dataclass(frozen=True)

@@ -96,6 +96,11 @@ def new_optimizer(
     return method(base, **given)
 
 
+def optimizer_alone(config: Mapping[str, Any], epoch_steps: int) -> RST:
+    """The run's method around its base optimizer, on a single weight in place of the model."""
+    return new_optimizer(config, part(config["optimizer"])([nn.Parameter(torch.zeros(1))]), epoch_steps)
+
+
 def schedule_of(config: Mapping[str, Any], epoch_steps: int) -> Schedule:
     """The run's schedule, with its warmup."""
     schedule = part(config["schedule"])()
