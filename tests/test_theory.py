@@ -14,7 +14,7 @@ sys.path.insert(0, str(ROOT))
 from scripts.theory import page, strength
 from scripts.theory.chains import Chains
 from scripts.theory.images import image_runs
-from scripts.theory.rate import RHO, SHORTEST, STEP_SIZE, Runs, measure
+from scripts.theory.rate import RHO, SHORTEST, STEP_SIZE, Runs, blocks, measure
 from scripts.theory.strength import Noise, Setting, bound, closed_form
 
 RESULTS = ROOT / "results" / "theory"
@@ -27,13 +27,14 @@ def test_chains_that_advance_together_are_runs_of_their_own(gamma):
     generator = torch.Generator().manual_seed(0)
     targets = torch.randn((20, 3, 5), generator=generator, dtype=torch.float64)
     start = torch.zeros(5, dtype=torch.float64)
-    options = {"rho": 0.5, "gamma": gamma}
-    chains = Chains(start, [7, 8, 9], Linear(0.2, 1.0), 20, lr=0.003, **options)
+    options = {"schedule": Linear(0.2, 1.0), "gamma": gamma}
+    seeds_and_radii = [(7, 0.5), (8, 0.5), (9, 0.2)]
+    chains = Chains(start, 20, 0.003, [{**options, "seed": s, "rho": rho} for s, rho in seeds_and_radii])
     for t in range(20):
         chains.step(lambda theta, runs, t=t: (theta - targets[t, runs]).pow(4).sum(1))
-    for run, seed in enumerate([7, 8, 9]):
+    for run, (seed, rho) in enumerate(seeds_and_radii):
         theta = torch.nn.Parameter(start.clone())
-        optimizer = RST(torch.optim.SGD([theta], 0.003), Linear(0.2, 1.0), 20, seed=seed, **options)
+        optimizer = RST(torch.optim.SGD([theta], 0.003), total_steps=20, seed=seed, rho=rho, **options)
         for t in range(20):
             for _ in optimizer.passes():
                 (theta - targets[t, run]).pow(4).sum().backward()
@@ -81,7 +82,8 @@ def test_the_bound_on_a_quadratic():
         (steps, runs, 3), generator=torch.Generator().manual_seed(0), dtype=torch.float64
     )
     for p, gamma, rho in [(1.0, 1.0, 1.0), (0.5, 2.0, 0.5)]:
-        chains = Chains(start, range(runs), p, steps, lr=alpha, rho=rho, gamma=gamma)
+        options = {"schedule": p, "rho": rho, "gamma": gamma}
+        chains = Chains(start, steps, alpha, [{**options, "seed": seed} for seed in range(runs)])
         squares = []
         for t in range(steps):
             squares.append((curvatures * chains.theta).square().sum(1))
@@ -101,7 +103,8 @@ def test_the_rate():
         for steps in (SHORTEST // 4, SHORTEST):
             shrink = math.sqrt(SHORTEST / steps) if change else 1.0
             runs = Runs("constant", steps, 2, STEP_SIZE / math.sqrt(SHORTEST) * shrink, RHO * shrink)
-            means.append(measure(runs).squares.mean().item())
+            (block,) = blocks([runs])
+            means.append(measure(block)[0].squares.mean().item())
         return math.log(means[1] / means[0]) / math.log(4)
 
     assert slope(change=True) == pytest.approx(-0.5, abs=0.1)

@@ -58,18 +58,21 @@ def experiments() -> tuple[dict[Any, Task], Callable[[Mapping[Any, Any]], dict[s
     }
     lists = {"rate": rate.rate_runs(), "floor": rate.floor_runs()}
     of_network = {
-        (name, runs): (partial(rate.measure, runs), runs.steps * runs.seeds)
-        for name, some in lists.items()
-        for runs in some
+        (name, block): (partial(rate.measure, block), block.steps)
+        for name, runs in lists.items()
+        for block in rate.blocks(runs)
     }
 
     def records(results: Mapping[Any, Any]) -> dict[str, pd.DataFrame]:
+        seen = {
+            name: rate.joined({block: results[name, block] for block in rate.blocks(runs)})
+            for name, runs in lists.items()
+        }
         sgd, *others = lists["floor"]
-        of_sgd = results["floor", sgd]
         lines = {
             "strength": [results[key] for key in of_strength],
-            "rate": [rate.rate_row(runs, results["rate", runs]) for runs in lists["rate"]],
-            "floor": [rate.floor_row(runs, results["floor", runs], of_sgd) for runs in others],
+            "rate": [rate.rate_row(runs, seen["rate"][runs]) for runs in lists["rate"]],
+            "floor": [rate.floor_row(runs, seen["floor"][runs], seen["floor"][sgd]) for runs in others],
         }
         return {name: pd.DataFrame(rows) for name, rows in lines.items()}
 

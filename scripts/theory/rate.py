@@ -1,6 +1,7 @@
 """The rate T^−½ and the floor of a constant ρ, on a small network (docs/theory.md)."""
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from typing import Any, NamedTuple
@@ -21,7 +22,9 @@ SCHEDULES: dict[str, Schedule] = {
     "falling": Linear(1.0, 0.0),
 }
 RHO, SHORTEST = 0.8, 2**8  # ρ, and the number of steps for which it is that also where it decays
-LENGTHS = {2**8: 20, 2**10: 20, 2**12: 5, 2**14: 2}  # steps, and seeds: fewer where each says more
+LENGTHS = {2**8: 20, 2**10: 20, 2**12: 20, 2**14: 20, 2**16: 5}  # steps, and seeds
+SEEDS_AT_ONCE = 5  # in one block: more would leave a processor idle at the end, fewer make steps dearer
+LOOK_EVERY = 1 / 32  # α times the number of steps from one look at ∇f to the next
 
 
 class Problem(NamedTuple):
@@ -65,7 +68,8 @@ def problem() -> Problem:
 
 @dataclass(frozen=True)
 class Runs:
-    """Runs that differ in their seeds, 0, 1, …, of batches and coin."""
+    """Runs that differ in their seeds, 0, 1, …, of batches and coin. Those of equal seed and length, whatever
+    their optimizer, see the same batches."""
 
     schedule: str
     steps: int
@@ -86,7 +90,7 @@ def rate_runs() -> list[Runs]:
     return some
 
 
-FLOOR = Runs("SGD", steps=2**12, seeds=8, lr=1 / 128, rho=0.0)
+FLOOR = Runs("SGD", steps=2**12, seeds=20, lr=1 / 128, rho=0.0)
 
 
 def floor_runs() -> list[Runs]:
@@ -109,6 +113,30 @@ def floor_runs() -> list[Runs]:
     return [FLOOR, *(replace(FLOOR, schedule=s, gamma=gamma, rho=rho) for s, gamma, rho in settings)]
 
 
+class Block(NamedTuple):
+    """Runs of one length and step size, of these seeds, that advance together."""
+
+    runs: tuple[Runs, ...]
+    seeds: range
+
+    @property
+    def steps(self) -> int:
+        """Of all of them together."""
+        return sum(runs.steps for runs in self.runs) * len(self.seeds)
+
+
+def blocks(runs: Sequence[Runs]) -> list[Block]:
+    """All of `runs`, as what can be measured at once."""
+    alike: dict[tuple[int, int, float], list[Runs]] = {}
+    for each in runs:
+        alike.setdefault((each.steps, each.seeds, each.lr), []).append(each)
+    return [
+        Block(tuple(some), range(first, min(first + SEEDS_AT_ONCE, seeds)))
+        for (_, seeds, _), some in alike.items()
+        for first in range(0, seeds, SEEDS_AT_ONCE)
+    ]
+
+
 class Seen(NamedTuple):
     """The full gradient along the way, of each run: mean ‖∇f‖² over all steps and over the second half, and
     the mean ∇f over the second half (runs, parameters)."""
@@ -118,24 +146,40 @@ class Seen(NamedTuple):
     late_gradient: Tensor
 
 
-def measure(runs: Runs) -> Seen:
-    """Train, looking at ∇f(θ_t) in every step, or where there are many, in every fourth."""
-    of = problem()
-    points = torch.stack([_batches(seed, runs.steps) for seed in range(runs.seeds)])
-    options = {"lr": runs.lr, "rho": runs.rho, "gamma": runs.gamma}
-    chains = Chains(of.start, range(runs.seeds), _schedule(runs), runs.steps, **options)
-    every = 4 if runs.steps >= 2**12 else 1
+def measure(block: Block) -> list[Seen]:
+    """Train, looking at ∇f(θ_t) in every step, or where steps are small, in every second, fourth, …: for each
+    of the block's runs what was seen, with a line for each seed."""
+    of, (steps, lr) = problem(), (block.runs[0].steps, block.runs[0].lr)
+    points = torch.stack([_batches(seed, steps) for seed in block.seeds]).repeat(len(block.runs), 1, 1)
+    options = [
+        {"schedule": _schedule(runs), "rho": runs.rho, "gamma": runs.gamma, "seed": seed}
+        for runs in block.runs
+        for seed in block.seeds
+    ]
+    chains = Chains(of.start, steps, lr, options)
+    every = max(1, round(LOOK_EVERY / lr))
     squares: list[Tensor] = []
-    late: list[Tensor] = []
-    for t in range(runs.steps):
+    late = torch.zeros(len(options), len(of.start), dtype=torch.float64)
+    for t in range(steps):
         if t % every == every // 2:  # the middle of the steps that it stands for
             gradient = of.gradients(chains.theta)
             squares.append(gradient.square().sum(1))
-            if 2 * t >= runs.steps:
-                late.append(gradient)
+            if 2 * t >= steps:
+                late += gradient
         chains.step(partial(_batch_losses, of=of, points=points[:, t]))
     of_all = torch.stack(squares)
-    return Seen(of_all.mean(0), of_all[len(of_all) // 2 :].mean(0), torch.stack(late).mean(0))
+    late_squares = of_all[len(of_all) // 2 :]
+    seen = (of_all.mean(0), late_squares.mean(0), late / len(late_squares))
+    return [Seen(*parts) for parts in zip(*(part.split(len(block.seeds)) for part in seen), strict=True)]
+
+
+def joined(measured: Mapping[Block, Sequence[Seen]]) -> dict[Runs, Seen]:
+    """What was seen of all seeds, given what `measure` returned of each block."""
+    parts: dict[Runs, list[Seen]] = {}
+    for block in sorted(measured, key=lambda block: block.seeds.start):
+        for runs, seen in zip(block.runs, measured[block], strict=True):
+            parts.setdefault(runs, []).append(seen)
+    return {runs: Seen(*map(torch.cat, zip(*some, strict=True))) for runs, some in parts.items()}
 
 
 def _batch_losses(theta: Tensor, runs: list[int], of: Problem, points: Tensor) -> Tensor:

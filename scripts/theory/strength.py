@@ -93,8 +93,8 @@ def measure(
     draws = torch.rand((steps, chains), generator=generator, dtype=torch.float64)
     xi = torch.where(draws < noise.probability, values[0], values[1])
     start = torch.zeros(1, dtype=torch.float64)
-    options = {"lr": alpha, "rho": setting.rho, "gamma": setting.gamma}
-    runs = Chains(start, range(first, first + chains), setting.p, steps, **options)
+    options = {"schedule": setting.p, "rho": setting.rho, "gamma": setting.gamma}
+    runs = Chains(start, steps, alpha, [{**options, "seed": first + i} for i in range(chains)])
     of_sgd, gradients = torch.zeros(chains, dtype=torch.float64), []
     for t in range(steps):
         runs.step(partial(_losses, xi=xi[t]))
