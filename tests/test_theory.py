@@ -14,7 +14,7 @@ sys.path.insert(0, str(ROOT))
 from scripts.theory import page, strength
 from scripts.theory.chains import Chains
 from scripts.theory.images import image_runs
-from scripts.theory.rate import RHO, SHORTEST, STEP_SIZE, Runs, blocks, measure
+from scripts.theory.rate import BATCH, RHO, SHORTEST, STEP_SIZE, Runs, blocks, measure, problem
 from scripts.theory.strength import Noise, Setting, bound, closed_form
 
 RESULTS = ROOT / "results" / "theory"
@@ -109,6 +109,62 @@ def test_the_rate():
 
     assert slope(change=True) == pytest.approx(-0.5, abs=0.1)
     assert slope(change=False) < -0.65
+
+
+@pytest.mark.slow
+def test_the_floor():
+    """With a constant ρ a gradient remains, of size pγρ while ρ is small: on the network of the rate, beyond
+    SGD's on the same batches, by t-tests over runs. While curvature H and bias b = E d hardly change, it is
+    −(I − (I − αH)^t)b in step t, from where both begin together."""
+    of, alpha, steps, rho = problem(), 1 / 64, 256, 1 / 80
+    start = of.start[None]
+    for _ in range(256):
+        start = start - of.gradients(start) / 8
+    everything = torch.arange(len(of.x))
+    H = torch.autograd.functional.hessian(lambda theta: of.losses(theta[None], everything).sum(), start[0])
+    decay, unit = torch.eye(len(H), dtype=torch.float64) - alpha * H, torch.eye(len(H), dtype=torch.float64)
+    late = range(steps // 2, steps)
+    response = unit - torch.stack([torch.linalg.matrix_power(decay, t) for t in late]).mean(0)
+    generator = torch.Generator().manual_seed(0)
+
+    def gradients(theta, points):
+        theta = theta.detach().requires_grad_()
+        return torch.autograd.grad(of.losses(theta, points).sum(), theta)[0]
+
+    def bias(rho):
+        """E[∇f_ξ(θ + ε) − ∇f_ξ(θ)] at the start."""
+        points = torch.randint(len(of.x), (20_000, BATCH), generator=generator)
+        theta = start.expand(len(points), -1)
+        clean = gradients(theta, points)
+        return (gradients(theta + rho * clean / clean.norm(dim=1, keepdim=True), points) - clean).mean(0)
+
+    settings = {(1.0, 1.0, rho): 12, (1.0, 1.0, 2 * rho): 12, (0.5, 2.0, rho): 24}
+    points = torch.randint(len(of.x), (steps, 24, BATCH), generator=generator)
+    points = torch.cat([points[:, :seeds] for seeds in settings.values()], dim=1)
+    options = [
+        {"schedule": p, "gamma": gamma, "rho": rho, "seed": seed}
+        for (p, gamma, rho), seeds in settings.items()
+        for seed in range(seeds)
+    ]
+    chains, plain = Chains(start[0], steps, alpha, options), start.expand(len(options), -1)
+    beyond = torch.zeros_like(plain)
+    for t in range(steps):
+        if t in late:
+            beyond += (of.gradients(chains.theta) - of.gradients(plain)) / len(late)
+        plain = plain - alpha * gradients(plain, points[t])
+        chains.step(lambda theta, runs, t=t: of.losses(theta, points[t, runs]))
+    seen = []
+    for ((p, gamma, rho), seeds), of_runs in zip(
+        settings.items(), beyond.split(list(settings.values())), strict=True
+    ):
+        predicted = -response @ bias(rho) * p * gamma
+        along = of_runs @ predicted / predicted.norm()
+        mean, error = along.mean(), along.std() / math.sqrt(seeds)
+        limit = stats.t.isf(FALSE_ALARM / 2, seeds - 1)
+        assert (mean - predicted.norm()).abs() < limit * error
+        assert limit * error < predicted.norm() / 2  # it could tell the strength from half of it
+        seen.append(mean)
+    assert (seen[1] / seen[0]).square() == pytest.approx(4.0, rel=0.1)  # on the same batches
 
 
 def test_the_pages_tables_follow_from_the_records():
