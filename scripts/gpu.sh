@@ -35,10 +35,11 @@ fetch() {
 }
 
 prepare() { # once on each machine
+  export PYTHONPATH=$PWD/outputs/.site:${PYTHONPATH:-}
   if [ -d $bundle/wheels ] && ! "$python" -c "import hydra, pydantic, pytorch_optimizer" 2> /dev/null; then
     "$python" -m pip install --quiet --no-index --no-deps --no-compile --target outputs/.site $bundle/wheels/*.whl
   fi
-  [ ! -d outputs/.site ] || export PYTHONPATH=$PWD/outputs/.site:${PYTHONPATH:-}
+  "$python" -c "import torch; torch.zeros(1, device='$device')" # else all of step 1 would be skipped, and look right
 }
 
 copy() { # what came of it, as one small file
