@@ -131,12 +131,13 @@ def test_the_floor():
         theta = theta.detach().requires_grad_()
         return torch.autograd.grad(of.losses(theta, points).sum(), theta)[0]
 
+    of_bias = torch.randint(len(of.x), (20_000, BATCH), generator=generator)
+    clean = gradients(start.expand(len(of_bias), -1), of_bias)
+
     def bias(rho):
         """E[∇f_ξ(θ + ε) − ∇f_ξ(θ)] at the start."""
-        points = torch.randint(len(of.x), (20_000, BATCH), generator=generator)
-        theta = start.expand(len(points), -1)
-        clean = gradients(theta, points)
-        return (gradients(theta + rho * clean / clean.norm(dim=1, keepdim=True), points) - clean).mean(0)
+        epsilon = rho * clean / clean.norm(dim=1, keepdim=True)
+        return (gradients(start + epsilon, of_bias) - clean).mean(0)
 
     settings = {(1.0, 1.0, rho): 12, (1.0, 1.0, 2 * rho): 12, (0.5, 2.0, rho): 24}
     points = torch.randint(len(of.x), (steps, 24, BATCH), generator=generator)
@@ -165,6 +166,8 @@ def test_the_floor():
         assert limit * error < predicted.norm() / 2  # it could tell the strength from half of it
         seen.append(mean)
     assert (seen[1] / seen[0]).square() == pytest.approx(4.0, rel=0.1)  # on the same batches
+    # Where radii are larger, it grows faster, as curvature differs along ε.
+    assert (bias(0.1).norm() / bias(0.05).norm()).square() == pytest.approx(5.0, rel=0.1)
 
 
 def test_the_pages_tables_follow_from_the_records():

@@ -15,6 +15,7 @@ from .rate import RHO, SCHEDULES, SHORTEST
 
 Records = Mapping[str, pd.DataFrame]
 NAMES = ("strength", "rate", "floor")
+SUPERSCRIPT = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 def recorded(folder: Path) -> dict[str, pd.DataFrame]:
@@ -68,6 +69,7 @@ def _strength(results: pd.DataFrame) -> str:
 
 
 def _slopes(rates: pd.DataFrame) -> str:
+    longest = f"2{str(round(math.log2(rates['steps'].max()))).translate(SUPERSCRIPT)}"
     lines: list[dict[str, str]] = []
     for schedule in SCHEDULES:
         for fixed, rho in ((False, "∝ T^−½"), (True, "0.8")):
@@ -79,7 +81,7 @@ def _slopes(rates: pd.DataFrame) -> str:
                 value, error = slope(rows, name)
                 last = rows.iloc[-1]
                 line[f"slope, {heading}"] = _seen(value, error, 3)
-                line[f"‖∇f‖² at T = 2¹⁴, {heading}"] = (
+                line[f"10³ ‖∇f‖² at T = {longest}, {heading}"] = (
                     f"{1000 * last[name]:.2f} ± {1000 * last[f'{name}_se']:.2f}"
                 )
             lines.append(line)
