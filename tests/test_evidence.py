@@ -5,7 +5,7 @@ import re
 import runpy
 import subprocess
 import tarfile
-from pathlib import Path
+from contextlib import nullcontext
 
 import pandas as pd
 import pytest
@@ -19,6 +19,7 @@ from rst.reporting.pages import page
 from rst.reporting.records import recorded_in
 from rst.reporting.tables import summarize, to_csv
 from rst.training.provenance import provenance
+from rst.training.run import Run
 
 CONF = ROOT / "conf"
 RECORDED = sorted(path.parent.name for path in ROOT.glob("results/*/runs.csv"))
@@ -38,8 +39,13 @@ def tree(tmp_path_factory):
     return folder
 
 
-# To compose a protocol's tables takes seconds: by default, those of the quickest.
-EACH = [name if name == "quick" else pytest.param(name, marks=pytest.mark.slow) for name in RECORDED]
+# To compose a protocol's tables takes seconds: one of pytest's processes does it and, but for the quickest,
+# only in the slow tests.
+GROUPS = {
+    name: [pytest.mark.xdist_group(name), *([pytest.mark.slow] if name != "quick" else [])]
+    for name in RECORDED
+}
+EACH = [pytest.param(name, marks=marks) for name, marks in GROUPS.items()]
 
 
 @pytest.fixture(scope="module", params=EACH)
@@ -151,30 +157,46 @@ def test_the_propagation_count_is_the_coins(records):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("protocol", ["quick", "cpu"], indirect=True)  # a run of the others takes too long
-def test_a_recorded_run_repeats(protocol, records, tmp_path, run_script, capsys):
-    """A run by its recorded command: to the last digit where PyTorch and the CPU are those that made the
-    record. G-RST's under quick; SGD's under cpu, where it takes minutes."""
+@pytest.mark.parametrize(
+    ("protocol", "method", "epochs"), [("quick", "grst", None), ("cpu", "sgd", 20)], indirect=["protocol"]
+)
+def test_a_recorded_run_repeats(protocol, method, epochs, records, tmp_path, run_script, monkeypatch):
+    """A run by its recorded command, or its first epochs as far as an evaluation: to the last digit where
+    PyTorch and the CPU are those that made the record."""
     runs = records.runs
     validating = runs["command"].str.contains("validation=true")
-    method = "grst" if protocol == "quick" else "sgd"
     recorded = runs[(runs["choices.method"] == method) & (runs["seed"] == 0) & ~validating].iloc[0]
-    if recorded["device"] == "cuda" and not torch.cuda.is_available():
-        pytest.skip("recorded on a GPU, where it took minutes")
     words = recorded["command"].split()
     assert words[:2] == ["python", "train.py"]
-    if protocol in ("cpu", "gpu"):
+    if protocol == "cpu":
         archive = ROOT.parent / "shared" / "data" / "cifar10-jpeg.tar.gz"
         if not (ROOT / "data" / "cifar10").is_dir() and not archive.is_file():
             pytest.skip(f"needs CIFAR-10 as JPEG files, in data/cifar10 or {archive}")
         run_script("scripts/data.py")
-    run_script(*words[1:], f"outputs={tmp_path}")
-    accuracy = float(re.search(r"test accuracy ([\d.]+)%", capsys.readouterr().out)[1]) / 100
+    append = Run.append
+
+    def append_and_end(run, metrics):
+        append(run, metrics)
+        if metrics["epoch"] == epochs:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Run, "append", append_and_end)
+    with pytest.raises(SystemExit) if epochs else nullcontext():
+        run_script(*words[1:], f"outputs={tmp_path}")
+    (folder,) = tmp_path.glob("*/")
+    names = ["epoch", "propagations", "train_loss", "test_accuracy"]
+    metrics = pd.read_json(folder / "metrics.jsonl", lines=True, precise_float=True)[names]
+    curve = records.curves[records.curves["id"] == recorded["id"]][names].reset_index(drop=True)[
+        : len(metrics)
+    ]
+    assert len(metrics) == (epochs or recorded["epochs"]) and pd.notna(metrics["test_accuracy"].iloc[-1])
     made_with = provenance(torch.device("cpu"))
     same = made_with["versions"]["torch"], made_with["device_name"]
     if same == (recorded["versions.torch"], recorded["device_name"]):
-        assert accuracy == pytest.approx(recorded["test_accuracy"], abs=5e-5)  # as printed
-        (result,) = Path(tmp_path).glob("*/result.json")
-        assert f'"test_accuracy": {recorded["test_accuracy"]}' in result.read_text()
+        pd.testing.assert_frame_equal(metrics, curve, check_exact=True, check_dtype=False)
     else:
-        assert accuracy == pytest.approx(recorded["test_accuracy"], abs=TOLERANCE)
+        assert (metrics["propagations"] == curve["propagations"]).all()  # the coins are the same everywhere
+        assert metrics["train_loss"][0] == pytest.approx(curve["train_loss"][0], rel=0.01)
+        assert metrics["test_accuracy"].iloc[-1] == pytest.approx(
+            curve["test_accuracy"].iloc[-1], abs=TOLERANCE
+        )

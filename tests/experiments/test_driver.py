@@ -195,7 +195,7 @@ def start(folder):
 
 
 @pytest.mark.parametrize("how", ["killed", "Ctrl-C"])
-def test_a_driver_that_ends_early_loses_and_repeats_nothing(reproduced, tmp_path, how):
+def test_a_driver_that_ends_early_loses_and_repeats_nothing(reproduced, tmp_path, how, run_script):
     driver = start(tmp_path)
     while not finished_runs(tmp_path):
         assert driver.poll() is None, driver.communicate()
@@ -209,8 +209,7 @@ def test_a_driver_that_ends_early_loses_and_repeats_nothing(reproduced, tmp_path
         assert (driver.returncode, errors) == (130, "")
         assert "interrupted: repeat the command to resume\n" in printed
     kept = finished_runs(tmp_path)
-    done = in_a_process(tmp_path)
-    assert done.returncode == 0, done.stderr
+    run_script(*script(tmp_path, "--launcher", "basic"), *SHORT)
     assert finished_runs(tmp_path).items() >= kept.items()
     pd.testing.assert_series_equal(losses(tmp_path), losses(reproduced[0]))
 

@@ -39,29 +39,41 @@ def conf(tmp_path):
     return write
 
 
+def rows_of(table):
+    """Its rows, each with its column. If two of a column were one run, one method would have two names."""
+    for column in table.columns:
+        ids = list(chain.from_iterable(row.runs.values() for row in column.rows))
+        assert len(set(ids)) == len(ids)
+        yield from ((column, row) for row in column.rows)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("protocol", "seeds"), [("quick", range(10)), ("cpu", range(8)), ("folds", range(2, 10))]
-)
-def test_every_table_under_the_small_protocols(protocol, seeds):
-    tables, cells = gather(options(CONF, "table"), CONF, protocol, [])
-    validating = ("pilot", "tuning")
+def test_every_table_under_a_small_protocol():
+    tables, cells = gather(options(CONF, "table"), CONF, "quick", [])
     for table in tables:
-        for column in table.columns:
-            for row in column.rows:
-                if protocol != "folds" or table.name not in ("others", "precision"):  # with their own seeds
-                    assert list(row.units) == list(range(2) if table.name in validating else seeds)
-                assert {cells[key].run.config["seed"]: key for key in row.runs.values()} == row.runs
-            # Two rows of a column that are one run would be one method under two names.
-            ids = list(chain.from_iterable(row.runs.values() for row in column.rows))
-            assert len(set(ids)) == len(ids)
-            assert column.split == ("validation" if table.name in validating else "test")
+        validating = table.name in ("pilot", "tuning")
+        for column, row in rows_of(table):
+            assert column.split == ("validation" if validating else "test")
+            assert list(row.units) == list(range(2 if validating else 10))
+            assert {cells[key].run.config["seed"]: key for key in row.runs.values()} == row.runs
     by_name = {table.name: table for table in tables}
-    assert "noise-0.2" in {column.name for column in by_name["label_noise"].columns} or protocol != "quick"
+    assert "noise-0.2" in {column.name for column in by_name["label_noise"].columns}
     # A run of several tables is one run.
     overview, constant = (by_name[name].columns[0].rows for name in ("overview", "constant"))
     assert overview[0].runs == constant[0].runs
-    assert cells[constant[0].runs[seeds[0]]].table == "budget"  # the first by name
+    assert cells[constant[0].runs[0]].table == "budget"  # the first by name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["budget", "others", "precision"])
+def test_parts_of_the_data_as_units(name):
+    """SGD and SAM have two seeds on a part; a column may have its own."""
+    (table,), _ = gather([name], CONF, "folds", [])
+    for column, row in rows_of(table):
+        twice = row.label in ("SGD", "SAM") and column.name in ("cifar10", "label-noise")
+        assert {len(seeds) for seeds in row.units.values()} == {2 if twice else 1}
+        parts = {"vit": range(2, 7), "resnet20": range(5), "bf16": range(2, 6), "fp32": range(2, 6)}
+        assert sorted(row.units) == list(parts.get(column.name, range(2, 10)))
 
 
 @pytest.mark.parametrize("table", ["overview", "imagenet"])
