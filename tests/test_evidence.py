@@ -39,13 +39,8 @@ def tree(tmp_path_factory):
     return folder
 
 
-# To compose a protocol's tables takes seconds: one of pytest's processes does it and, but for the quickest,
-# only in the slow tests.
-GROUPS = {
-    name: [pytest.mark.xdist_group(name), *([pytest.mark.slow] if name != "quick" else [])]
-    for name in RECORDED
-}
-EACH = [pytest.param(name, marks=marks) for name, marks in GROUPS.items()]
+# To compose a protocol's tables takes seconds: by default, those of the quickest.
+EACH = [name if name == "quick" else pytest.param(name, marks=pytest.mark.slow) for name in RECORDED]
 
 
 @pytest.fixture(scope="module", params=EACH)

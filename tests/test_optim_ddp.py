@@ -16,8 +16,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from rst import RST, Linear, uniform
 
-pytestmark = pytest.mark.xdist_group("ddp")  # one fixture for all
-
 STEPS, SEED = 12, 2
 RANKS = 2
 

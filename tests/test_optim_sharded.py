@@ -31,7 +31,7 @@ from torch.distributed.tensor.parallel import (
 
 from rst import RST
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("sharded")]  # one fixture for all
+pytestmark = pytest.mark.slow
 
 STEPS, SEED, RANKS = 6, 2, 2
 CASES = {

@@ -11,7 +11,6 @@ import time
 import pandas as pd
 import pytest
 from conftest import ROOT, command
-from filelock import FileLock
 from PIL import Image
 
 from rst.experiments.driver import reproduce
@@ -51,16 +50,12 @@ def lose(folder, pattern):
 
 
 @pytest.fixture(scope="module")
-def reproduced(tmp_path_factory, worker_id):
-    """The folder of a table, and what making it printed. Made once for all of pytest's workers."""
-    base = tmp_path_factory.getbasetemp()
-    folder = (base if worker_id == "master" else base.parent) / "reproduced"
-    with FileLock(f"{folder}.lock"):
-        if not (folder / "printed").exists():
-            done = in_a_process(folder)
-            assert (done.returncode, done.stderr) == (0, "")
-            (folder / "printed").write_text(done.stdout)
-    return folder, (folder / "printed").read_text()
+def reproduced(tmp_path_factory):
+    """The folder of a table, and what making it printed."""
+    folder = tmp_path_factory.mktemp("reproduced")
+    done = in_a_process(folder)
+    assert (done.returncode, done.stderr) == (0, "")
+    return folder, done.stdout
 
 
 @pytest.fixture

@@ -27,8 +27,6 @@ from rst.training.calibration import cross_fitted_loss
 from rst.training.loop import Training
 from rst.training.lr_schedule import cosine
 
-pytestmark = pytest.mark.xdist_group("ranks")  # one fixture for all
-
 RANKS, EPOCHS, BATCH = 2, 3, 4
 CASES = {
     "sgd": {"p": 0.0},
