@@ -94,6 +94,9 @@ def reproduce(
     if sharpness:
         measure_all([cell.run.folder for cell in cells.values() if cell.run.result(warn=False)], jobs=jobs)
     failures = {key: reason for key, cell in cells.items() if (reason := cell.run.failure())}
+    if failures.keys() == cells.keys() and not only_collect:  # the tables that are there are worth more
+        reason = next(iter(failures.values()))
+        raise ValueError(f"all {len(cells)} runs failed, so no table is written; the first: {reason}")
     records = _collect(cells, failures, folder, outputs, with_older=reuse or only_collect)
     for table in tables:
         files = _write(table, cells, records, failures, folder, for_print)

@@ -142,6 +142,22 @@ def test_tables_are_where_the_whole_ones_are_only_if_they_are_whole(tmp_path, mo
     assert not [*tmp_path.glob("outputs/digits*")]
 
 
+def test_if_all_runs_fail_the_tables_that_are_there_stay(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    reproduce(["imagenet"], ROOT / "conf", "quick", ["seed=0"], only_collect=True)
+    (page,) = tmp_path.rglob("imagenet/README.md")
+    before = page.read_text()
+
+    def run_all(cells, *_):
+        for cell in cells:
+            cell.run.fail("no folder")
+
+    monkeypatch.setattr("rst.experiments.driver.run_all", run_all)
+    with pytest.raises(ValueError, match="no folder"):
+        reproduce(["imagenet"], ROOT / "conf", "quick", ["seed=0"])
+    assert page.read_text() == before
+
+
 def test_failed_runs_leave_the_others_alone_and_are_named(again, run_script, capsys):
     """One that raises, one whose loss is not finite, one whose process is killed; and one that is well."""
     for method in ("sgd", "sam", "rst", "grst"):
