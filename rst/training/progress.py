@@ -27,6 +27,9 @@ class Progress:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.bar.close()
+        if self.shown and kind is SystemExit:
+            steps = self.training.optimizer.steps
+            log.info("interrupted after step %d: repeat the command to resume", steps)
 
     def update(self, metrics: dict[str, Any] | None) -> None:
         """Call it after each step, and with the metrics after each epoch."""
