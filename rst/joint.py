@@ -165,7 +165,10 @@ def _check(bases: list[Any]) -> None:
     for base in bases:
         name = type(base).__name__
         if not isinstance(base, Optimizer):
-            raise TypeError(f"base must be a torch.optim.Optimizer, or a list of them, got {base!r}")
+            raise TypeError(
+                "base must be a torch.optim.Optimizer such as SGD(model.parameters(), lr=0.1), or a list of "
+                f"them, got a {name}"
+            )
         if any(isinstance(value, Optimizer) for value in vars(base).values()) or isinstance(base, Joint):
             raise TypeError(
                 f"{name} wraps an optimizer: give RST the inner one (Lookahead and the like go around RST)"

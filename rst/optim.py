@@ -120,7 +120,8 @@ class RST(Joint):
             )
         _check_rho(rho)
         check_module(module)
-        super().__init__([base] if isinstance(base, Optimizer) else base, {"rho": rho})
+        bases: Any = base if isinstance(base, list | tuple) else [base]
+        super().__init__(bases, {"rho": rho})
         self.rho = rho
         for _, of_group in self._groups():
             _check_rho(of_group)
@@ -203,12 +204,14 @@ class RST(Joint):
         loss = None if closure is None else self.gradient(closure)
         grads = self._spent.leave_out(self._gradients())
         if not grads:
-            raise RuntimeError("step() has no gradient: loop over passes() before it, or call step(closure)")
+            raise RuntimeError(
+                "step() has no gradient: loop over passes() to the end before it, or call step(closure)"
+            )
         # Zero gradients are how torch.distributed.checkpoint has an optimizer set up its state.
         if not self.has_gradient and total_norm(grads) != 0:
             raise RuntimeError(
-                "step() has the gradients of a backward() outside passes(), without any perturbation: call "
-                "backward() in a loop over passes()"
+                "step() was called after a backward() outside a loop over passes(), or within the loop: call "
+                "backward() in the loop, and step() after it"
             )
         for base in self.bases:
             base.step()

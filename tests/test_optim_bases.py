@@ -46,6 +46,7 @@ REFUSED = {
     "Lookahead": (lambda: RST(timm.optim.Lookahead(sgd(weights())), 0.5, 10), TypeError, "Lookahead.*inner"),
     "RST in RST": (lambda: RST(RST(sgd(weights()), 0.5, 10), 0.5, 10), TypeError, "RST wraps an optimizer"),
     "parameters": (lambda: RST(weights(), 0.5, 10), TypeError, "torch.optim.Optimizer"),
+    "a class": (lambda: RST(torch.optim.SGD, 0.5, 10), TypeError, "torch.optim.Optimizer"),
     "no optimizer": (lambda: RST([], 0.5, 10), ValueError, "needs a base"),
     "a parameter in two": (
         lambda: (lambda p: RST([sgd(p), adamw(p)], 0.5, 10))(weights()),
