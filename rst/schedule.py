@@ -1,9 +1,10 @@
 """When to take a SAM step: the scheduling functions p(t), the coin, and what they cost.
 
 `schedule(step, total_steps)` is the probability that step `step` (0-based, counted before the update) of
-`total_steps` is a SAM step. The families are those of "Randomized Sharpness-Aware Training"
-(arXiv 2203.09962): constant, piecewise, linear and trigonometric. They also take a numpy array of steps and
-return an array. Any callable with this signature is a schedule, whether or not it takes arrays.
+`total_steps` is a SAM step. The families of "Randomized Sharpness-Aware Training" (arXiv 2203.09962) are
+constant, piecewise, linear and trigonometric; `Periodic` and `Window` are for comparisons. All take a numpy
+array of steps, too, and return an array. Any callable with this signature is a schedule, whether or not it
+takes arrays.
 """
 
 import math
