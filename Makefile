@@ -62,8 +62,8 @@ crash-test: .venv/stamp
 benchmark: .venv/stamp
 	$(BIN)/python -m scripts.benchmark $(ARGS)
 
-# Tests the predictions of docs/theory.md and remakes results/theory, in minutes; interrupted, it goes on when repeated.
-# ARGS=--collect remakes its figures and tables from the records.
+# Tests the predictions of docs/theory.md and remakes results/theory, in a quarter of an hour; interrupted, it goes on
+# when repeated. ARGS=--collect remakes its figures and tables from the records.
 theory: .venv/stamp
 	OMP_NUM_THREADS=1 $(BIN)/python -m scripts.theory $(ARGS)
 

@@ -77,13 +77,12 @@ def _slopes(rates: pd.DataFrame) -> str:
             if rows.empty:
                 continue
             line = {"p(t)": schedule, "ρ": "–" if schedule == "SGD" else rho}
-            for name, heading in (("mean", "whole run"), ("late", "second half")):
+            for name, heading, digits in (("mean", "whole run", 2), ("late", "second half", 3)):
                 value, error = slope(rows, name)
                 last = rows.iloc[-1]
                 line[f"slope, {heading}"] = _seen(value, error, 3)
-                line[f"10³ ‖∇f‖² at T = {longest}, {heading}"] = (
-                    f"{1000 * last[name]:.2f} ± {1000 * last[f'{name}_se']:.2f}"
-                )
+                seen = (1000 * last[name], 1000 * last[f"{name}_se"])
+                line[f"10³ ‖∇f‖² at T = {longest}, {heading}"] = _seen(*seen, digits)
             lines.append(line)
     return pipes(lines)
 
