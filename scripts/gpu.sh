@@ -61,7 +61,8 @@ case $step in
     ;;
   3)
     prepare
-    [ -d data/cifar10 ] || "$python" scripts/data.py --archive $bundle/cifar10-jpeg.tar.gz
+    [ -d data/cifar10 ] || [ ! -f $bundle/cifar10-jpeg.tar.gz ] ||
+      "$python" scripts/data.py --archive $bundle/cifar10-jpeg.tar.gz
     tables=(--protocol gpu --reuse "${args[@]}")
     code=0
     for table in gpu gpu_wide; do
