@@ -7,6 +7,7 @@ import runpy
 import signal
 import subprocess
 import sys
+import time
 from functools import partial
 from pathlib import Path
 
@@ -68,6 +69,13 @@ def command(*arguments, **options):
 
 def train_command(*arguments, **options):
     return command(sys.executable, "train.py", *arguments, **options)
+
+
+def wait_until(condition, seconds=60):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def write_pickle(path: Path, content: dict[str, object]) -> str:

@@ -10,7 +10,7 @@ import time
 
 import pandas as pd
 import pytest
-from conftest import ROOT, command
+from conftest import ROOT, command, wait_until
 from PIL import Image
 
 from rst.experiments.driver import reproduce
@@ -263,9 +263,9 @@ def test_a_tracked_tables_runs_are_a_group_and_the_table_is_logged(tmp_path, run
     run_script(*script(tmp_path, "--launcher", "basic"), *tracker, *SHORT)
     assert len([*tmp_path.glob("outputs/digits*/wandb/offline-run-*")]) == 4
     (logged,) = tmp_path.glob("outputs/.wandb/quick-imagenet/wandb/offline-run-*/*.wandb")
-    assert b"imagenet" in logged.read_bytes()
-    for run in tmp_path.glob("outputs/digits*/wandb/offline-run-*/*.wandb"):
-        assert b"imagenet" in run.read_bytes()  # the group: the run's data set and its name are others
+    # A process of W&B's writes it. In a run's file it can only be the group.
+    for file in (logged, *tmp_path.glob("outputs/digits*/wandb/offline-run-*/*.wandb")):
+        wait_until(lambda file=file: b"imagenet" in file.read_bytes())
 
 
 @pytest.mark.parametrize(

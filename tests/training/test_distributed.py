@@ -14,8 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from conftest import ROOT
-from test_interruption import wait_until
+from conftest import ROOT, wait_until
 from test_loop import L2, assert_equal_state, some_data
 from test_train import only
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
