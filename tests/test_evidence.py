@@ -119,7 +119,7 @@ def _numbers_of(results, source):
         return [float(x) for estimate in estimates for x in re.findall(r"\d+\.\d+", estimate)]
     name, *column = table[0].split("/")
     frame = pd.read_csv(results / folder / name / "table.csv", dtype={"column": "string"})
-    row, metric = what.split(", ")
+    row, metric = what.rsplit(", ", 1)
     frame = frame[(frame["label"] == row) & (frame["column"].fillna("") == "".join(column))]
     (line,) = frame[[f"{metric}.{part}" for part in ("mean", "low", "high", "std")]].to_numpy()
     return line.tolist()
