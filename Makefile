@@ -56,7 +56,7 @@ test-examples: .venv-examples/stamp
 crash-test: .venv/stamp
 	OMP_NUM_THREADS=1 $(BIN)/python scripts/crash_test.py
 
-# Training's cost against its arithmetic limit and other implementations: 5 minutes on two cores.
+# Training's cost against its arithmetic limit and other implementations: 10 minutes on two cores.
 # ARGS="--sections steps" for a part, "--sections steps --against COMMIT" for the optimizer before and after,
 # "--device cuda" on a GPU.
 benchmark: .venv/stamp
