@@ -52,14 +52,7 @@ class LookSAM(Reusing):
     ) -> None:
         check("alpha", alpha, 0 <= alpha < math.inf, "a finite number of at least 0")
         super().__init__(
-            base,
-            schedule,
-            total_steps,
-            rho,
-            adaptive=adaptive,
-            sampling=sampling,
-            module=module,
-            seed=seed,
+            base, schedule, total_steps, rho, adaptive=adaptive, sampling=sampling, module=module, seed=seed
         )
         self.alpha = alpha
 
@@ -190,14 +183,7 @@ class VSAM(Reusing):
         scaler: GradScaler | None = None,
     ) -> None:
         super().__init__(
-            base,
-            schedule,
-            total_steps,
-            rho,
-            adaptive=adaptive,
-            sampling=sampling,
-            module=module,
-            seed=seed,
+            base, schedule, total_steps, rho, adaptive=adaptive, sampling=sampling, module=module, seed=seed
         )
         self.scaler = scaler
 
