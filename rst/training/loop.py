@@ -184,7 +184,7 @@ class Training:
             "sam_steps": self.optimizer.sam_steps,
             "propagations": self.optimizer.propagations,
             "skipped_steps": self.guard.skipped,
-            "train_loss": loss_sum / (self.steps_per_epoch * self.ranks),
+            "train_loss": loss_sum / self.steps_per_epoch,
             "train_accuracy": n_correct / n_images,
             "images": n_images,
             "seconds_train": self._seconds_train,
@@ -229,7 +229,7 @@ class Training:
         with torch.no_grad():
             weight_norm = get_total_norm(self.parameters)
         stop_here = torch.full((), float(stop()), device=self.device)  # a kernel, not a copy that waits
-        numbers = [loss, n_correct, gradient_norm, weight_norm, stop_here]
+        numbers = [loss / self.ranks, n_correct, gradient_norm, weight_norm, stop_here]
         summed = distributed.sum_over_ranks(torch.stack([x.to(self._sum_dtype) for x in numbers]))
         self._sums += summed[:2]
         self.guard.check(summed, step)

@@ -198,8 +198,8 @@ def test_failed_runs_leave_the_others_alone_and_are_named(again, run_script, cap
     assert "failed" not in (results_of(again) / "imagenet" / "README.md").read_text().lower()
 
 
-def start(folder):
-    arguments = [sys.executable, *map(str, script(folder)), *SHORT]
+def start(folder, *arguments):
+    arguments = [sys.executable, *map(str, script(folder, *arguments)), *SHORT]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(arguments, cwd=ROOT, env=environment, start_new_session=True, **pipes)
@@ -226,7 +226,7 @@ def test_a_driver_that_ends_early_loses_and_repeats_nothing(reproduced, tmp_path
 
 
 def test_two_drivers_at_once_share_the_runs(reproduced, tmp_path):
-    drivers = [start(tmp_path) for _ in range(2)]
+    drivers = [start(tmp_path, "--launcher", "basic") for _ in range(2)]
     outcomes = [driver.communicate(timeout=300) for driver in drivers]
     assert [driver.returncode for driver in drivers] == [0, 0], outcomes
     # Each run was completed by one of them: a second completion would have kept the first's result.

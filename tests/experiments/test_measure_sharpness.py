@@ -17,7 +17,8 @@ def test_from_runs_to_the_table(tmp_path, run_script, capsys):
 
     def driver(*arguments):
         places = ["--results", tmp_path / "results", "--outputs", outputs]
-        run_script("scripts/reproduce.py", "--launcher", "basic", "--jobs", 1, *places, *arguments, *size)
+        table = ["--table", "imagenet", "--launcher", "basic"]
+        run_script("scripts/reproduce.py", *table, *places, *arguments, *size)
 
     driver()
     runs = sorted(path for path in outputs.iterdir() if "-sgd-" in path.name or "-sam-" in path.name)
@@ -37,13 +38,13 @@ def test_from_runs_to_the_table(tmp_path, run_script, capsys):
     assert [file.stat().st_mtime_ns for file in files] == before  # not measured again
 
     driver("--collect")
-    page = (folder / "overview" / "README.md").read_text()
-    assert page.count("not measured") == 4 * 5 and "| λ_max" in page
+    page = (folder / "imagenet" / "README.md").read_text()
+    assert page.count("not measured") == 4 * 2 and "| λ_max" in page
     assert "- Sharpness: images 40, directions 3, commit " in page
     assert sorted(recorded_in(folder).sharpness["id"]) == sorted(one["id"] for one in measured)
-    assert (folder / "overview" / "sharpness.png").exists()
+    assert (folder / "imagenet" / "sharpness.png").exists()
     driver("--sharpness", "--collect")
-    page = (folder / "overview" / "README.md").read_text()
+    page = (folder / "imagenet" / "README.md").read_text()
     assert "not measured" not in page and "- Sharpness: images 128, directions 3, commit " in page
 
 

@@ -25,6 +25,7 @@ from rst.training import distributed
 from rst.training.calibration import cross_fitted_loss
 from rst.training.loop import Training
 from rst.training.lr_schedule import cosine
+from rst.training.run import Run
 
 RANKS, EPOCHS, BATCH = 2, 3, 4
 CASES = {
@@ -214,6 +215,8 @@ def test_resuming_on_two_ranks_then_one_then_two(trained, tmp_path):
         if case.startswith("sync") or case == "sgd":
             for key, value in ends[0]["model"].items():
                 assert torch.allclose(ends[1]["model"][key], value, rtol=0, atol=1e-6)
+            losses = [[metrics["train_loss"] for metrics in end["metrics"]] for end in ends]
+            assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
 
 def test_a_batch_that_does_not_divide_is_refused(monkeypatch):
@@ -232,16 +235,20 @@ ARGUMENTS += [
     "model.name=vit_tiny_patch16_224",
     "+model.patch_size=4",
     "+model.depth=2",
+    "+model.embed_dim=96",
     "optimizer.lr=0.01",
 ]
 
 
-def started(arguments, outputs):
-    """The command as a process of its own; what it prints goes to outputs/log."""
+def started(outputs):
+    """torchrun as a process of its own; what it prints goes to outputs/log."""
     outputs.mkdir(exist_ok=True)
     with (outputs / "log").open("a") as log:
-        command = [*arguments, *ARGUMENTS, f"outputs={outputs}"]
-        return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, start_new_session=True)
+        command = [*TORCHRUN, *ARGUMENTS, f"outputs={outputs}"]
+        environment = os.environ | {"HYDRA_FULL_ERROR": "0"}  # run_train leaves another there
+        return subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True
+        )
 
 
 def epochs_in(outputs):
@@ -254,12 +261,12 @@ def ranks_of(process):
 
 
 @pytest.mark.slow
-def test_torchrun_killed_interrupted_and_resumed_in_one_process(tmp_path):
+def test_torchrun_killed_interrupted_and_resumed_in_one_process(tmp_path, run_train, monkeypatch):
     """Rank 1 is killed; on two ranks again, told to end; in one process, told to end; on two, to the last."""
     whole, outputs = tmp_path / "whole", tmp_path / "outputs"
-    assert started([sys.executable, "train.py"], whole).wait(300) == 0
+    run_train(*ARGUMENTS, f"outputs={whole}")
 
-    job = started(TORCHRUN, outputs)
+    job = started(outputs)
     wait_until(lambda: epochs_in(outputs) >= 1)
     os.kill(ranks_of(job)[1], signal.SIGKILL)
     killed = time.monotonic()
@@ -267,7 +274,7 @@ def test_torchrun_killed_interrupted_and_resumed_in_one_process(tmp_path):
     assert time.monotonic() - killed < 40  # torchrun gives the others 30 s
 
     reached = epochs_in(outputs)
-    job = started(TORCHRUN, outputs)
+    job = started(outputs)
     wait_until(lambda: epochs_in(outputs) > reached)
     job.send_signal(signal.SIGTERM)  # torchrun passes it on
     assert job.wait(60) != 0
@@ -279,12 +286,18 @@ def test_torchrun_killed_interrupted_and_resumed_in_one_process(tmp_path):
     assert steps >= 6 * (reached + 1)
 
     reached = epochs_in(outputs)
-    job = started([sys.executable, "train.py"], outputs)
-    wait_until(lambda: epochs_in(outputs) > reached)
-    job.send_signal(signal.SIGINT)
-    assert job.wait(60) == 128 + signal.SIGINT
+    append = Run.append
 
-    assert started(TORCHRUN, outputs).wait(300) == 0
+    def append_and_interrupt(run, metrics):
+        append(run, metrics)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(Run, "append", append_and_interrupt)
+    with pytest.raises(SystemExit) as ended:
+        run_train(*ARGUMENTS, f"outputs={outputs}")
+    assert ended.value.code == 128 + signal.SIGINT and epochs_in(outputs) == reached + 1
+
+    assert started(outputs).wait(300) == 0
     result, expected = (
         json.loads(only(where.glob("*/result.json")).read_text()) for where in (outputs, whole)
     )
@@ -292,7 +305,7 @@ def test_torchrun_killed_interrupted_and_resumed_in_one_process(tmp_path):
     assert (result["steps"], result["propagations"]) == (48, 96)
     assert result["test_loss"] == pytest.approx(expected["test_loss"], rel=1e-2)  # float32, 48 steps
     log = (outputs / "log").read_text()
-    assert log.count("the first") == 3 and f'File "{ROOT}/rst' not in log  # no traceback of ours
+    assert log.count("the first") == 2 and f'File "{ROOT}/rst' not in log  # no traceback of ours
     assert "error: another rank has ended" in log
 
 
