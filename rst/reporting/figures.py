@@ -48,7 +48,7 @@ def of_column(summary: Summary, curves: pd.DataFrame) -> dict[str, Figure]:
         n = sorted({frame["test_error.n"].min(), frame["test_error.n"].max()})
         setting = f"{summary.setting}, n = {' to '.join(map(str, n))} {summary.unit}s"
         title = f"{summary.title}: {summary.name}".removesuffix(": ")
-        width = int(20 * figure.get_figwidth())  # characters that fit in a line
+        width = int(15 * figure.get_figwidth())  # characters that fit in a line
         figure.suptitle(f"{title}\n{textwrap.fill(setting, width)}", fontsize=8)
     return figures
 
@@ -270,7 +270,7 @@ def _draw_curves(grid: np.ndarray, curves: pd.DataFrame, look: dict[str, Any]) -
         measured = mean.index[mean[name].notna()]  # the error is not measured after every epoch
         y, spread = mean.loc[measured, name], std.loc[measured, name]
         for axes, x in zip(line, (measured, mean.loc[measured, "propagations"]), strict=True):
-            axes.plot(x, y, lw=1.2, ms=4, markevery=0.15, **look)
+            axes.plot(x, y, lw=1.2, ms=4, markevery=0.15 if len(x) > 1 else 1, **look)
             axes.fill_between(x, y - spread, y + spread, color=look["color"], alpha=0.1, lw=0)
 
 
