@@ -63,8 +63,7 @@ def _commit() -> dict[str, Any]:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        top = git("rev-parse", "--show-toplevel")
-        status = git("status", "--porcelain", "--untracked-files=no", "--", top, f":!{top}/results")
+        status = git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":(top,exclude)results")
         return {"commit": git("rev-parse", "--short=12", "HEAD"), "dirty": bool(status)}
     except (OSError, subprocess.CalledProcessError):
         return {"commit": None, "dirty": None}

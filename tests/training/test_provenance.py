@@ -6,6 +6,7 @@ import subprocess
 import torch
 from conftest import ROOT
 
+from rst.training import provenance as module
 from rst.training.provenance import _commit, combined, provenance
 
 
@@ -21,6 +22,31 @@ def test_provenance_names_versions_commit_and_machine():
     assert made_with["device"] == "cpu"
     assert made_with["threads"] == torch.get_num_threads()
     assert made_with["host"] and made_with["device_name"]
+
+
+def test_a_checkout_is_dirty_where_tracked_files_outside_results_changed(tmp_path, monkeypatch):
+    code = tmp_path / "rst" / "training" / "provenance.py"
+    code.parent.mkdir(parents=True)
+    (tmp_path / "results").mkdir()
+    table = tmp_path / "results" / "table.csv"
+    for file in (code, table):
+        file.write_text("1")
+    who = ["-c", "user.name=a", "-c", "user.email=a@b.c"]
+    for command in (["init"], ["add", "."], [*who, "commit", "--message=first"]):
+        subprocess.run(["git", *command], cwd=tmp_path, check=True, capture_output=True)
+    monkeypatch.setattr(module, "__file__", str(code))
+
+    def is_dirty():
+        _commit.cache_clear()
+        return _commit()["dirty"]
+
+    (tmp_path / "outputs").write_text("untracked")
+    table.unlink()
+    assert is_dirty() is False
+    code.write_text("2")
+    assert is_dirty() is True
+    monkeypatch.undo()
+    _commit.cache_clear()
 
 
 def test_an_interrupted_run_names_all_commits_and_numbers_of_ranks():
