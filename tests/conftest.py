@@ -8,14 +8,18 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 from hydra.core.global_hydra import GlobalHydra
 from hypothesis import settings
 from torchvision import datasets
+
+from rst.training.run import Run
 
 ROOT = Path(__file__).parent.parent
 PER_CIFAR_FILE = 20
@@ -69,6 +73,20 @@ def command(*arguments, **options):
 
 def train_command(*arguments, **options):
     return command(sys.executable, "train.py", *arguments, **options)
+
+
+@contextmanager
+def interrupted_after(epoch):
+    """Within it, runs in this process are interrupted after the line of that epoch, before its checkpoint."""
+    append = Run.append
+
+    def append_and_interrupt(run, metrics):
+        append(run, metrics)
+        if metrics["epoch"] == epoch:
+            raise KeyboardInterrupt
+
+    with mock.patch.object(Run, "append", append_and_interrupt):
+        yield
 
 
 def wait_until(condition, seconds=60):

@@ -10,7 +10,7 @@ from contextlib import nullcontext
 import pandas as pd
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, interrupted_after
 from hydra import initialize_config_dir
 
 from rst.experiments.sweeps import gather
@@ -19,7 +19,6 @@ from rst.reporting.pages import page
 from rst.reporting.records import recorded_in
 from rst.reporting.tables import summarize, to_csv
 from rst.training.provenance import provenance
-from rst.training.run import Run
 
 CONF = ROOT / "conf"
 RECORDED = sorted(path.parent.name for path in ROOT.glob("results/*/runs.csv"))
@@ -155,7 +154,7 @@ def test_the_propagation_count_is_the_coins(records):
 @pytest.mark.parametrize(
     ("protocol", "method", "epochs"), [("quick", "grst", None), ("cpu", "sgd", 5)], indirect=["protocol"]
 )
-def test_a_recorded_run_repeats(protocol, method, epochs, records, tmp_path, run_script, monkeypatch):
+def test_a_recorded_run_repeats(protocol, method, epochs, records, tmp_path, run_script):
     """A run by its recorded command, or its first epochs: to the last digit where PyTorch and the CPU are
     those that made the record."""
     runs = records.runs
@@ -168,15 +167,7 @@ def test_a_recorded_run_repeats(protocol, method, epochs, records, tmp_path, run
         if not (ROOT / "data" / "cifar10").is_dir() and not archive.is_file():
             pytest.skip(f"needs CIFAR-10 as JPEG files, in data/cifar10 or {archive}")
         run_script("scripts/data.py")
-    append = Run.append
-
-    def append_and_end(run, metrics):
-        append(run, metrics)
-        if metrics["epoch"] == epochs:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(Run, "append", append_and_end)
-    with pytest.raises(SystemExit) if epochs else nullcontext():
+    with interrupted_after(epochs), pytest.raises(SystemExit) if epochs else nullcontext():
         run_script(*words[1:], f"outputs={tmp_path}")
     (folder,) = tmp_path.glob("*/")
     names = ["epoch", "propagations", "train_loss", "test_accuracy"]
@@ -185,6 +176,7 @@ def test_a_recorded_run_repeats(protocol, method, epochs, records, tmp_path, run
     curve = records.curves[records.curves["id"] == recorded["id"]][names].astype(float)
     curve = curve.reset_index(drop=True)[: len(metrics)]
     assert len(metrics) == (epochs or recorded["epochs"])
+    assert epochs or pd.notna(metrics["test_accuracy"].iloc[-1])
     made_with = provenance(torch.device("cpu"))
     same = made_with["versions"]["torch"], made_with["device_name"]
     if same == (recorded["versions.torch"], recorded["device_name"]):

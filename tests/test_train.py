@@ -10,6 +10,7 @@ from unittest import mock
 
 import pytest
 import torch
+from conftest import interrupted_after
 from filelock import FileLock
 
 from rst import expected_propagations, propagations_std
@@ -75,23 +76,14 @@ def test_each_rival(tmp_path, run_train):
 
 
 @pytest.mark.slow
-def test_an_interrupted_rival_resumes(tmp_path, run_train, monkeypatch):
+def test_an_interrupted_rival_resumes(tmp_path, run_train):
     """With what it carries from step to step, in reduced precision."""
     arguments = [*SHORT, "epochs=3", "method=aelooksam", "precision=fp16", "warmup_epochs=1"]
     run_train(*arguments, f"outputs={tmp_path / 'whole'}")
-    append = Run.append
-
-    def interrupt(self, metrics):
-        append(self, metrics)
-        if metrics["epoch"] == 2:
-            raise KeyboardInterrupt  # 15 steps after the last checkpoint
-
     broken = [*arguments, "checkpoint.every_steps=25", "checkpoint.every_epochs=null"]
     broken += [f"outputs={tmp_path / 'broken'}"]
-    with monkeypatch.context() as context:
-        context.setattr(Run, "append", interrupt)
-        with pytest.raises(SystemExit):
-            run_train(*broken)
+    with interrupted_after(2), pytest.raises(SystemExit):  # 15 steps after the last checkpoint
+        run_train(*broken)
     assert not list((tmp_path / "broken").glob("*/result.json"))
     run_train(*broken)
     whole, broken = (only((tmp_path / name).glob("digits*")) for name in ("whole", "broken"))
@@ -116,7 +108,7 @@ def test_a_job_in_a_sweep_equals_the_same_job_alone(tmp_path, run_train):
     assert_same_weights(same, single)
 
 
-def test_a_complete_run_returns_at_once_and_an_interrupted_one_resumes(run_train, tmp_path, monkeypatch):
+def test_a_complete_run_returns_at_once_and_an_interrupted_one_resumes(run_train, tmp_path):
     arguments = [*SHORT, "epochs=3", "method=grst", f"outputs={tmp_path / 'whole'}"]
     run_train(*arguments)
     whole = only((tmp_path / "whole").glob("digits*"))
@@ -124,18 +116,9 @@ def test_a_complete_run_returns_at_once_and_an_interrupted_one_resumes(run_train
     run_train(*arguments)
     assert (whole / "result.json").stat().st_mtime_ns == written
 
-    append = Run.append
-
-    def interrupt(self, metrics):
-        append(self, metrics)
-        if metrics["epoch"] == 2:
-            raise KeyboardInterrupt  # after the line of epoch 2, before its checkpoint
-
     broken = [*SHORT, "epochs=3", "method=grst", f"outputs={tmp_path / 'broken'}"]
-    with monkeypatch.context() as context:
-        context.setattr(Run, "append", interrupt)
-        with pytest.raises(SystemExit) as stopped:
-            run_train(*broken)
+    with interrupted_after(2), pytest.raises(SystemExit) as stopped:
+        run_train(*broken)
     assert stopped.value.code == 130
     folder = only((tmp_path / "broken").glob("digits*"))
     assert len(without_times(folder)) == 2 and not (folder / "result.json").exists()
