@@ -60,9 +60,10 @@ def forest(summary: Summary, frame: pd.DataFrame) -> Figure:
     frame = frame.assign(gap=frame[f"{name}.mean"].fillna(0.0)).sort_values("gap", kind="stable")
     figure, (axes,), places = _by_eta(frame, width=8.0)
     gaps = frame.set_index("label")["gap"]
-    for label, dash in {summary.baseline: "--", summary.reference: "-"}.items():
+    sides = ["left", "right"] if gaps.get(summary.baseline, 0.0) > 0 else ["right", "left"]
+    lines = zip([summary.baseline, summary.reference], ["--", "-"], sides, strict=True)
+    for label, dash, side in lines:  # labels of lines that are close do not touch
         if label in gaps:
-            side = "left" if gaps[label] > 0 else "right"  # labels of lines that are close do not touch
             axes.axvline(gaps[label], ls=dash, lw=0.9, color="0.4", zorder=1)
             axes.text(gaps[label], 1.01, label, transform=axes.get_xaxis_transform(), ha=side, fontsize=8)
     texts = []
