@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable
 from functools import cache, wraps
 from pathlib import Path
@@ -44,6 +45,9 @@ def describe(cfg: DictConfig, hydra_cfg: HydraConf) -> "Run":
     command = shlex.join(["python", "train.py", *hydra_cfg.overrides.task])
     config: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     settings = check(config, choices)
+    rho = config["method"].get("rho", config["rho"])
+    if rho != config["rho"] and any(text.startswith("rho=") for text in hydra_cfg.overrides.task):
+        warnings.warn(f"method={choices['method']} takes method.rho={rho}, not rho", stacklevel=2)
     run = Run(Path(settings.outputs), config, choices, command)
     if run.result(warn=False) is None:  # else the imports of a second or two would be for nothing
         from rst.training.parts import rehearse

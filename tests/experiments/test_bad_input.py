@@ -94,6 +94,11 @@ def test_settings(arguments, refusal):
     assert SETTINGS[arguments] in refusal(*protocol, *arguments.split())
 
 
+def test_rho_that_does_not_reach_the_method_warns(refusal):
+    with pytest.warns(UserWarning, match="method=asam takes method.rho=0.5, not rho"):
+        refusal("protocol=quick", "method=asam", "rho=0.2", "batch_size=5000")
+
+
 def test_several_mistakes_are_named_at_once(refusal):
     message = refusal("protocol=quick", "epochs=0", "precision=16")
     assert "epochs=0: " in message and "precision=16: " in message
