@@ -15,8 +15,8 @@ BIN := .venv/bin
 
 WHICH = --protocol $(PROTOCOL) --table $(TABLE)
 
-.PHONY: data reproduce-tables tables plan readme test test-slow test-all test-examples crash-test benchmark theory lint \
-	format clean
+.PHONY: data reproduce-tables tables plan readme test test-slow test-all test-examples crash-test bit-for-bit benchmark \
+	theory lint format clean
 
 # Runs what is missing and writes the tables. Interrupted, it goes on when it is repeated.
 reproduce-tables: .venv/stamp
@@ -51,6 +51,10 @@ test-all: .venv/stamp $(if $(wildcard .venv-examples),test-examples)
 # RST in Lightning, transformers and Accelerate, with the examples of each.
 test-examples: .venv-examples/stamp
 	OMP_NUM_THREADS=1 .venv-examples/bin/python -m pytest tests/frameworks
+
+# Does the same short runs with the code of a commit and of HEAD, and compares weights and metrics: AGAINST=COMMIT.
+bit-for-bit: .venv/stamp
+	$(BIN)/python scripts/bit_for_bit.py $(AGAINST)
 
 # Kills 78 small runs at 20 random points each: 40 minutes on one core.
 crash-test: .venv/stamp

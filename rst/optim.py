@@ -19,6 +19,7 @@ from rst.passes import (
     buffers_kept,
     can_skip_averaging,
     check_module,
+    devices_of,
     gradients_kept,
     mixed,
     random_state,
@@ -218,6 +219,7 @@ class RST(Joint):
         # They are left where they are, as wrappers such as Lookahead look at them after the step.
         self._spent.mark(self._gradients())
         self.has_gradient = False
+        self._after_step()
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -245,8 +247,8 @@ class RST(Joint):
 
     def _sam_passes(self) -> Generator[Pass, None, bool]:
         """The passes of a SAM step. Returns whether it was one after all, see `_confirm`."""
-        before = random_state({p.device for p in self._parameters()})
         module: Any = self.module
+        before = random_state(devices_of(self._parameters(), module))
         others = self._parameters_of_others()
         is_local = not self.sync_perturbation and can_skip_averaging(module, self._parameters(), bool(others))
         shake = true_gradient(None if self.decides_late else module)
@@ -287,6 +289,9 @@ class RST(Joint):
     def _complete(self) -> None:
         """After the pass of a plain step: turn ∇L(θ) in `.grad` into the step's gradient."""
 
+    def _after_step(self) -> None:
+        """After the bases' steps, which `GradScaler` may skip."""
+
     def _cost(self, is_sam: bool) -> float:
         """Propagations of a step."""
         return 1 + is_sam
@@ -312,7 +317,7 @@ class RST(Joint):
         """Each group's parameters and ρ."""
         for base in self.bases:
             for group in base.param_groups:
-                rho = self.rho if "rho" in base.defaults else group.setdefault("rho", self.rho)
+                rho = self.rho if "rho" in base.defaults else group.get("rho", self.rho)
                 yield group["params"], rho
 
     def _parameters_of_others(self) -> list[Tensor]:
@@ -323,7 +328,8 @@ class RST(Joint):
         return [p for p in self.module.parameters() if p.requires_grad and id(p) not in own]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_loop": None, "_perturbation": Perturbation(), "_spent": Spent()}
+        kept = {name: value for name, value in self.__dict__.items() if name != "step"}  # a scheduler's
+        return {**kept, "_loop": None, "_perturbation": Perturbation(), "_spent": Spent()}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         if hasattr(self, "rho"):

@@ -41,7 +41,7 @@ def true_gradient(module: nn.Module | None) -> Iterator[None]:
 def buffers_kept(module: nn.Module | None) -> Iterator[None]:
     """On leaving, all buffers of `module`, such as BatchNorm's running statistics, are what they were."""
     kept = [
-        (layer, name, buffer, buffer.clone())
+        (layer, name, buffer, None if _is_expanded(buffer) else buffer.clone())
         for layer in _modules(module)
         for name, buffer in layer._buffers.items()
         if buffer is not None
@@ -51,7 +51,8 @@ def buffers_kept(module: nn.Module | None) -> Iterator[None]:
     finally:
         with torch.no_grad():
             for layer, name, buffer, value in kept:
-                buffer.copy_(value)
+                if value is not None:
+                    buffer.copy_(value)
                 layer._buffers[name] = buffer  # some layers put another tensor in its place
 
 
@@ -82,11 +83,15 @@ def mixed(parameters: list[Tensor], gamma: float, mix: str, is_local: bool) -> I
         for p in clean:
             p.grad = None  # its memory is free for the perturbed pass
     else:
-        factor: Any = (1 - gamma) / gamma
-        if mix == "normalized":
-            factor = divide(factor, total_norm([p.grad for p in clean]))  # type: ignore[misc]
+        factor = (1 - gamma) / gamma
+        grads = [local(p.grad) for p in clean]  # type: ignore[arg-type]
         with torch.no_grad():
-            torch._foreach_mul_([local(p.grad) for p in clean], factor)  # type: ignore[arg-type]
+            if mix == "normalized":
+                scale = divide(factor, total_norm([p.grad for p in clean]))  # type: ignore[misc]
+                for grad in grads:
+                    grad.mul_(scale.to(grad.device))
+            else:
+                torch._foreach_mul_(grads, factor)
     with accumulating([] if gamma == 1 else clean, is_local):
         yield
     grads = [p.grad for p in parameters if p.grad is not None]
@@ -220,6 +225,12 @@ def check_module(module: nn.Module | None) -> None:
             raise ValueError("RST works with fully_shard (FSDP2), not with FullyShardedDataParallel (FSDP1)")
 
 
+def devices_of(parameters: Iterable[Tensor], module: Any) -> set[torch.device]:
+    """Where a pass computes: where the parameters are, and `nn.DataParallel`'s replicas of them."""
+    replicas = getattr(module, "device_ids", None) or ()
+    return {p.device for p in parameters} | {torch.device(device) for device in replicas}
+
+
 RandomState = dict[torch.device, Tensor]
 
 
@@ -237,6 +248,13 @@ def set_random_state(states: RandomState) -> None:
             torch.set_rng_state(state)
         else:
             torch.get_device_module(device).set_rng_state(state, device)
+
+
+def _is_expanded(tensor: Tensor) -> bool:
+    """Whether some of its elements share memory, as `expand` makes them, so that nothing can write to it."""
+    if tensor.layout != torch.strided:
+        return False
+    return any(size > 1 and step == 0 for size, step in zip(tensor.shape, tensor.stride(), strict=True))
 
 
 def _modules(module: nn.Module | None) -> Iterable[nn.Module]:

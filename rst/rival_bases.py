@@ -1,7 +1,7 @@
 """What several rivals share."""
 
 from abc import abstractmethod
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from numbers import Real
 from typing import Any
@@ -30,8 +30,7 @@ class Remembering(RST):
         super().zero_grad()
         self._new = {}
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        loss = super().step(closure)
+    def _after_step(self) -> None:
         if self._remembers():  # only now, as some bases take a state that is not empty for their own
             for p in self._parameters():
                 if p in self._new:
@@ -39,7 +38,7 @@ class Remembering(RST):
                 elif p.grad is not None:
                     self.state[p].setdefault(self.KEY, torch.zeros_like(p))
         self._new = {}
-        return loss
+        super()._after_step()
 
     def _remembers(self) -> bool:
         return True

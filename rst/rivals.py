@@ -11,7 +11,7 @@ that `GradScaler` skips leaves it as it was.
 """
 
 import math
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from typing import Any
 
 from torch import Tensor, nn
@@ -97,6 +97,7 @@ class AESAM(LookSAM):
 
     SAVED = (*RST.SAVED, "mean", "variance")
     decides_late = True
+    _moved: tuple[float, float] | None = None  # μ and σ² of a step that is not made yet
 
     def __init__(
         self,
@@ -136,24 +137,25 @@ class AESAM(LookSAM):
     def _remembers(self) -> bool:
         return self.reuse and super()._remembers()
 
-    def _sam_passes(self) -> Generator[Pass, None, bool]:
-        before = self.mean, self.variance
-        try:
-            return (yield from super()._sam_passes())
-        except BaseException:  # the step does not count
-            self.mean, self.variance = before
-            raise
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        super().zero_grad()
+        self._moved = None
 
     def _confirm(self) -> bool:
         norm = total_norm(self._gradients())
         squared = float(norm / loss_scale(self.scaler, norm)) ** 2
         if not math.isfinite(squared):
             return False
-        self.mean += (1 - self.delta) * (squared - self.mean)
-        self.variance += (1 - self.delta) * ((squared - self.mean) ** 2 - self.variance)
+        mean = self.mean + (1 - self.delta) * (squared - self.mean)
+        variance = self.variance + (1 - self.delta) * ((squared - mean) ** 2 - self.variance)
+        self._moved = mean, variance
         progress = self.steps / self.total_steps
         c = self.lambda_1 * progress + self.lambda_2 * (1 - progress)
-        return squared >= self.mean + c * math.sqrt(self.variance)
+        return squared >= mean + c * math.sqrt(variance)
+
+    def _after_step(self) -> None:
+        self.mean, self.variance = self._moved or (self.mean, self.variance)
+        super()._after_step()
 
 
 class VSAM(Reusing):
@@ -310,13 +312,11 @@ class MomentumSAM(OnePass):
                 "SGD(momentum=0.9), say"
             )
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        loss = super().step(closure)
+    def _after_step(self) -> None:
         if all(self._direction(p) is None for p in self._parameters()):
             raise RuntimeError(
                 "MomentumSAM finds no momentum_buffer in the base's state: use torch's SGD, say"
             )
-        return loss
 
     def _direction(self, p: Tensor) -> Tensor | None:
         return self.state[p].get("momentum_buffer") if p in self.state else None

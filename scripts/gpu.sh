@@ -51,8 +51,10 @@ case $step in
   1)
     prepare
     mkdir -p outputs
-    "${limit[@]}" "$python" -m pytest -m cuda -n 0 -rs 2>&1 | tee outputs/gpu-tests.txt
+    code=0
+    "${limit[@]}" "$python" -m pytest -m cuda -n 0 -rs 2>&1 | tee outputs/gpu-tests.txt || code=$?
     copy outputs/gpu-tests.txt
+    exit $code
     ;;
   2)
     prepare

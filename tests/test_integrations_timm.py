@@ -61,6 +61,23 @@ def test_training_is_the_loop_by_hand(base, enabled):
     assert_close(state(model), weights)
 
 
+def test_an_overflow_that_clipping_by_value_hides():
+    """The scaler skips the step, and the next one is made all the same."""
+    model = network(torch.float32)
+    optimizer, loss_scaler = create(model, schedule=1.0), LossScaler("cpu")
+    before = state(model)
+    for factor in torch.inf, 1.0:
+        loss_scaler(
+            lambda factor=factor: factor * model(torch.ones(2, 6)).sum(),
+            optimizer,
+            clip_grad=0.1,
+            clip_mode="value",
+            parameters=model.parameters(),
+        )
+        assert all(torch.equal(p, q) for p, q in zip(before[0], state(model)[0], strict=True)) == (factor > 1)
+    assert optimizer.steps == 2
+
+
 def test_options_of_its_training_script():
     parser = argparse.ArgumentParser()
     parser.add_argument("--opt-kwargs", nargs="*", action=ParseKwargs, default={})

@@ -117,6 +117,19 @@ def test_invalid_arguments(wrong, words):
     assert all(word in str(caught.value) for word in words)
 
 
+def test_a_base_that_is_wrapped_again_is_perturbed_by_the_new_rho():
+    model = network(plain=True)
+    theta = torch.cat([p.detach().flatten() for p in model.parameters()])
+    base = sgd(model.parameters())
+    for rho in 0.05, 0.5:
+        for which in RST(base, Constant(1.0), 10, rho=rho, module=model).passes():
+            loss_of(model, 0)
+            if which == "perturbed":
+                moved = torch.cat([p.detach().flatten() for p in model.parameters()])
+                assert (moved - theta).norm().item() == pytest.approx(rho)
+        base.zero_grad()
+
+
 def test_invalid_rho_of_a_group():
     model = network()
     with pytest.raises(ValueError, match=r"rho.*-2"):

@@ -338,12 +338,12 @@ def test_loss_scaling_cancels(name):
 
 def train_scaled(model, optimizer, scaler, t, autocast=False, spoil=False):
     x, y = (tensor[t] for tensor in batches(torch.float32))
-    for _ in optimizer.passes():
+    for which in optimizer.passes():
         n = optimizer.images(len(x))
         with torch.autocast("cpu", torch.float16, enabled=autocast):
             loss = F.cross_entropy(model(x[:n]), y[:n])
         scaler.scale(loss).backward()
-        if spoil:
+        if spoil in (True, which):
             model[0].weight.grad[0, 0] = torch.inf
     scaler.unscale_(optimizer)
     nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -374,6 +374,29 @@ def test_a_skipped_step_leaves_what_is_carried(name):
     assert moments == (getattr(optimizer, "mean", None), getattr(optimizer, "variance", None))
     losses = [train_scaled(model, optimizer, scaler, t, autocast=True) for t in range(7, T)]
     assert all(loss.isfinite() for loss in losses) and optimizer.steps == T
+
+
+def test_an_overflow_in_the_second_pass_leaves_the_averages_of_ae_sam():
+    model = network(torch.float32)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    sgd_ = sgd(model.parameters())
+    optimizer = AESAM(sgd_, total_steps=T, lambda_1=-1e30, lambda_2=-1e30, module=model, scaler=scaler)
+    train_scaled(model, optimizer, scaler, 0)
+    before = optimizer.mean, optimizer.variance
+    train_scaled(model, optimizer, scaler, 1, spoil="perturbed")
+    assert (optimizer.mean, optimizer.variance) == before != (0, 0)
+    train_scaled(model, optimizer, scaler, 2)
+    assert (optimizer.mean, optimizer.variance) != before
+
+
+@every_rival
+def test_a_hook_on_steps_runs_once_a_step(name):
+    model = network(plain=True)
+    RST(sgd(network().parameters()), 0.5, T)  # PyTorch puts hooks into the `step` of every class that is made
+    optimizer, calls = RIVALS[name](sgd(model.parameters()), module=model), []
+    optimizer.register_step_post_hook(lambda *_: calls.append(1))
+    train(model, optimizer, 2)
+    assert len(calls) == 2
 
 
 ALWAYS = {

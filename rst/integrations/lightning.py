@@ -82,6 +82,8 @@ def _after_passes(
 ) -> None:
     """`LightningModule.optimizer_step`, whose closure has run as often as RST wants it."""
     results: list[Any] = []
+    if optimizer.optimizer.has_gradient:  # the last step was skipped, and clipping by value may hide why
+        optimizer.optimizer.zero_grad()
 
     def propagate() -> Any:
         with _replaced(module, "log", _nothing if results else module.log):

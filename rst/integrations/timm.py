@@ -98,4 +98,6 @@ class LossScaler(NativeScaler):
             dispatch_clip_grad(parameters, clip_grad, mode=clip_mode)
         self._scaler.step(optimizer)
         self._scaler.update()
+        if optimizer.has_gradient:  # the step was skipped, and clipping by value may hide the overflow
+            optimizer.zero_grad()
         return value

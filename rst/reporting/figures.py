@@ -57,6 +57,7 @@ def forest(summary: Summary, frame: pd.DataFrame) -> Figure:
     """Each row's difference to the reference with its 95 % interval, by measured η and then from the lowest
     up. Vertical lines mark the reference and the baseline."""
     name = f"difference_to_{summary.reference}"
+    frame = _with_pairs(frame, summary)
     frame = frame.assign(gap=frame[f"{name}.mean"].fillna(0.0)).sort_values("gap", kind="stable")
     figure, (axes,), places = _by_eta(frame, width=8.0)
     gaps = frame.set_index("label")["gap"]
@@ -124,6 +125,7 @@ def cost(summary: Summary, frame: pd.DataFrame) -> Figure:
     figure = Figure(figsize=(9, 5.5), dpi=150, layout="constrained")
     axes = figure.subplots()
     axes.axhline(0, color="0.4", lw=0.9)
+    frame = _with_pairs(frame, summary)
     for i, (family, rows) in enumerate(frame.groupby(_family(frame), sort=False)):
         rows = rows.sort_values("eta.mean")
         gaps = [estimate_of(row, name) for row in rows.to_dict("records")]
@@ -139,6 +141,12 @@ def cost(summary: Summary, frame: pd.DataFrame) -> Figure:
     axes.set_axisbelow(True)
     figure.legend(loc="outside right upper", frameon=False, fontsize=8)
     return figure
+
+
+def _with_pairs(frame: pd.DataFrame, summary: Summary) -> pd.DataFrame:
+    """The rows that have a difference to the reference, and the reference itself."""
+    has_difference = frame[f"difference_to_{summary.reference}.mean"].notna()
+    return frame[has_difference | (frame["label"] == summary.reference)]
 
 
 def _family(frame: pd.DataFrame) -> pd.Series:

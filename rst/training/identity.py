@@ -7,12 +7,11 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 # Settings that cannot change a result; of a group, all that it holds. `dataset.root` is where the data lie,
-# not what they are, which image_folder's `name` says. `rho` is where `method.rho` takes its value from.
+# not what they are, which image_folder's `name` says.
 NOT_IDENTITY = (
     "checkpoint",
     "device",
     "outputs",
-    "rho",
     "tracker",
     "dataset.root",
     "dataset.download",
@@ -61,7 +60,8 @@ def can_change_results(path: str) -> bool:
 
 
 def _is_left_out(path: str, value: Any) -> bool:
-    return not can_change_results(path) or (path in NEUTRAL and value == NEUTRAL[path])
+    # `rho` is where `method.rho` takes its value from.
+    return path == "rho" or not can_change_results(path) or (path in NEUTRAL and value == NEUTRAL[path])
 
 
 def _without_module(target: str) -> str:

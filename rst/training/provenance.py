@@ -37,13 +37,15 @@ def provenance(device: torch.device) -> dict[str, Any]:
 
 
 def combined(parts: list[dict[str, Any]]) -> dict[str, Any]:
-    """The provenance of an interrupted run: that of its last part, with the commits and the numbers of ranks
-    of all its parts, in order, such as "2+1"."""
+    """The provenance of an interrupted run: that of its last part, with the commits, machines and numbers of
+    ranks of all its parts, in order, such as "2+1". It is dirty if any part was."""
 
     def joined(key: str) -> str | None:
         return "+".join(dict.fromkeys(part[key] for part in parts if part[key])) or None
 
-    return {**parts[-1], "commit": joined("commit"), "ranks": joined("ranks")}
+    all_of_them = {key: joined(key) for key in ("commit", "host", "device_name", "ranks")}
+    dirty = any(part["dirty"] for part in parts) or parts[-1]["dirty"]
+    return {**parts[-1], **all_of_them, "dirty": dirty}
 
 
 def device_name(device: torch.device) -> str:

@@ -139,6 +139,8 @@ def test_tables_are_where_the_whole_ones_are_only_if_they_are_whole(tmp_path, mo
     where, text = page("device=cpu", "checkpoint.every_epochs=2", "tracker=wandb", "tracker.mode=disabled")
     assert where == "results/quick/imagenet/README.md" and "not run" in text
     assert page("epochs=1")[0] == "outputs/results/quick/imagenet/README.md"
+    (tmp_path / "outputs/results/quick/imagenet/README.md").unlink()
+    assert page("rho=0.3")[0] == "outputs/results/quick/imagenet/README.md"
     assert not [*tmp_path.glob("outputs/digits*")]
 
 

@@ -61,6 +61,12 @@ def test_few_seeds_and_missing_ones_are_marked():
     assert [text.endswith("†") for text in texts(numbers)] == [False, True, False]
 
 
+def test_a_row_without_a_seed_of_the_references_is_left_out():
+    some = [one for one in results() if one["id"] not in ("rsam2", "rsam3", "rsam4", "rrst0", "rrst1")]
+    figures = figures_of(some=some)
+    assert texts(figures["forest"].axes[0]) == ["η = 1", "SGD", "η = 2", "SAM (n = 2)"]
+
+
 def test_errors_stand_at_their_measured_cost():
     axes = figures_of()["error"].axes[0]
     assert sorted(points(axes).values()) == [

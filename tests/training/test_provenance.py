@@ -46,11 +46,13 @@ def test_a_checkout_is_dirty_where_tracked_files_outside_results_changed(tmp_pat
     assert is_dirty() is True
 
 
-def test_an_interrupted_run_names_all_commits_and_numbers_of_ranks():
+def test_an_interrupted_run_names_all_commits_and_machines():
     parts = [
-        {"commit": "a", "ranks": "2", "host": "x"},
-        {"commit": None, "ranks": "2", "host": "y"},
-        {"commit": "b", "ranks": "1", "host": "z"},
+        {"commit": "a", "dirty": True, "host": "x", "device_name": "CPU", "ranks": "2", "threads": 1},
+        {"commit": None, "dirty": None, "host": "y", "device_name": "CPU", "ranks": "2", "threads": 2},
+        {"commit": "b", "dirty": False, "host": "x", "device_name": "CPU", "ranks": "1", "threads": 4},
     ]
-    assert combined(parts) == {"commit": "a+b", "ranks": "2+1", "host": "z"}
-    assert combined(parts[1:2]) == {"commit": None, "ranks": "2", "host": "y"}
+    of_all = {"commit": "a+b", "dirty": True, "host": "x+y", "device_name": "CPU", "ranks": "2+1"}
+    assert combined(parts) == {**of_all, "threads": 4}
+    assert combined(parts[1:]) == {**of_all, "commit": "b", "dirty": False, "host": "y+x", "threads": 4}
+    assert combined(parts[1:2]) == parts[1]
