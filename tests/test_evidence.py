@@ -91,10 +91,18 @@ def test_claims_follow_from_the_records(folder, protocol, tables, records):
     assert block == tables_of_claims(families, {table.name: table for table in tables}, records)
 
 
-def test_each_number_in_the_summary_is_in_the_table_or_claim_that_it_names(tree):
+SUMMARIES = {  # what comes before the sentences, and after them
+    "results/README.md": ("# Results\n", "\n| "),
+    "README.md": ("## What it does on real images\n", "\n## "),
+}
+
+
+@pytest.mark.parametrize("file", SUMMARIES)
+def test_each_number_in_a_summary_is_in_the_table_or_claim_that_it_names(file, tree):
     """<!-- = cpu/schedules: SAM, difference_to_SGD --> follows numbers of a row's estimate, <!-- = cpu: … -->
     those of a claim, found by its words; signs are for the sentence to say."""
-    text = (tree / "results" / "README.md").read_text().partition("\n| ")[0]
+    before, after = SUMMARIES[file]
+    text = (tree / file).read_text().partition(before)[2].partition(after)[0]
     *checked, rest = re.split(r"<!-- = (.*?) -->", text)
     assert checked
     for sentences, source in zip(checked[::2], checked[1::2], strict=True):
