@@ -65,6 +65,10 @@ class Joint(Optimizer):
         for base in self.bases:
             base.zero_grad(set_to_none=True)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """All but the `step` that a learning-rate scheduler puts here, which would drive the original."""
+        return {name: value for name, value in self.__dict__.items() if name != "step"}
+
     def _parameters(self) -> Iterator[Tensor]:
         return (p for group in self.param_groups for p in group["params"] if p.requires_grad)
 

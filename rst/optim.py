@@ -328,8 +328,7 @@ class RST(Joint):
         return [p for p in self.module.parameters() if p.requires_grad and id(p) not in own]
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = {name: value for name, value in self.__dict__.items() if name != "step"}  # a scheduler's
-        return {**kept, "_loop": None, "_perturbation": Perturbation(), "_spent": Spent()}
+        return {**super().__getstate__(), "_loop": None, "_perturbation": Perturbation(), "_spent": Spent()}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         if hasattr(self, "rho"):

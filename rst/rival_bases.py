@@ -38,7 +38,6 @@ class Remembering(RST):
                 elif p.grad is not None:
                     self.state[p].setdefault(self.KEY, torch.zeros_like(p))
         self._new = {}
-        super()._after_step()
 
     def _remembers(self) -> bool:
         return True
