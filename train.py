@@ -1,6 +1,7 @@
 """Train one model: `python train.py method=rst schedule=linear model=wrn28_10`, or a sweep with `-m`."""
 
 import logging
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -23,17 +24,19 @@ def main(cfg: DictConfig) -> None:
     result = run.result()
     if result is not None:
         log.info("%s is complete, nothing to run", run.folder)
+        if (ranks := os.environ.get("WORLD_SIZE", "1")) != result["ranks"]:
+            log.warning("it had ranks=%s, not %s: SAM depends on their number", result["ranks"], ranks)
     else:
         from rst.training.fit import train  # here, as its imports take seconds
 
         result = train(run, in_sweep=HydraConfig.get().mode is RunMode.MULTIRUN)
-    log.info("%s", in_words(run.name, result))
+    log.info("%s: %s %s", run.name, run.split, in_words(result))
 
 
-def in_words(name: str, result: dict[str, Any]) -> str:
+def in_words(result: dict[str, Any]) -> str:
     """A run's result in a line."""
     return (
-        f"{name}: test accuracy {result['test_accuracy']:.2%}, best {result['best_test_accuracy']:.2%}, "
+        f"accuracy {result['test_accuracy']:.2%}, best {result['best_test_accuracy']:.2%}, "
         f"propagation count {result['propagations'] / result['steps']:.3f}, "
         + (f"expected {n / result['steps']:.3f}, " if (n := result["expected_propagations"]) else "")
         + f"{result['seconds']['train']:.1f} s of training"

@@ -48,3 +48,6 @@ else:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         module = "optim" if name == "RST" else "rivals" if name in RIVALS else "schedule"
         return getattr(import_module(f"rst.{module}"), name)
+
+    def __dir__():
+        return sorted({*globals(), *__all__})

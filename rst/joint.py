@@ -18,7 +18,8 @@ class Joint(Optimizer):
         defaults: of parameter groups, beside those of the bases.
 
     Raises:
-        TypeError, ValueError: for a base that cannot be one: it needs a closure, or wraps another optimizer.
+        TypeError, ValueError: for a base that cannot be one: it needs a closure, wraps another optimizer or
+            maximizes.
     """
 
     def __init__(self, bases: Sequence[Optimizer], defaults: dict[str, Any]) -> None:
@@ -182,6 +183,8 @@ def _check(bases: list[Any]) -> None:
             raise TypeError(
                 f"{name} calls a closure of its own, so it cannot be RST's base: use SGD or AdamW, say"
             )
+        if any(group.get("maximize") for group in base.param_groups):
+            raise ValueError("SAM minimizes: negate the loss instead of setting maximize=True")
     numbers = [id(p) for base in bases for group in base.param_groups for p in group["params"]]
     if len(set(numbers)) < len(numbers):
         raise ValueError("a parameter is in two of the bases")

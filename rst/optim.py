@@ -75,10 +75,12 @@ class RST(Joint):
             schedule SAM's expected regularization p̄·γ·ρ.
         adaptive: ASAM (Kwon et al. 2021): ε = ρ T²∇L(θ) / ‖T∇L(θ)‖ with T = |θ|.
         mix: "gradient" as above; "normalized" mixes the unit vector, (1 − γ)∇L(θ)/‖∇L(θ)‖ + γ∇L(θ + ε), as
-            the authors' code does by default. The latter does not commute with loss scaling.
+            the authors' code does by default. Not for use with GradScaler: the loss's scale would change
+            the weights of the latter mix.
         sync_perturbation: under DistributedDataParallel, average ∇L(θ) over the ranks before ε is taken.
-            Otherwise each rank perturbs along its own gradient and a SAM step all-reduces once, as the
-            authors do (m-sharpness). With sharded parameters (`fully_shard`) it is always averaged.
+            Otherwise each rank perturbs along the gradient of its own part of the batch (m-sharpness) and a
+            SAM step all-reduces once, as the authors do. With sharded parameters (`fully_shard`) it is always
+            averaged.
         sampling: "independent" throws a coin at each step; "systematic" spreads the SAM steps evenly at the
             same p(t), so that their number is within 1 of Σ p(t), see `rst.schedule.Systematic`.
         module: the model, wrapped in DistributedDataParallel where it is, for its buffers, its
@@ -142,7 +144,8 @@ class RST(Joint):
         self.steps = self.sam_steps = 0
         self.propagations: float = 0
         self.has_gradient = False
-        self._is_drawn = decider(sampling, self.schedule, total_steps, seed)
+        self._drawn_by = sampling, self.schedule, total_steps, seed
+        self._is_drawn = decider(*self._drawn_by)
         self._perturbation = Perturbation()
         self._loop: weakref.ref[Any] | None = None
         self._spent = Spent()
@@ -272,6 +275,9 @@ class RST(Joint):
 
     def _decide(self) -> bool:
         """Before the clean pass: whether this is to be a SAM step."""
+        by = self.sampling, self.schedule, self.total_steps, self.seed
+        if by != self._drawn_by:  # somebody has changed an attribute
+            self._drawn_by, self._is_drawn = by, decider(*by)
         return self._is_drawn(self.steps)
 
     def _confirm(self) -> bool:

@@ -217,9 +217,11 @@ def can_skip_averaging(module: Any, parameters: Iterable[Tensor], has_others: bo
 
 
 def check_module(module: nn.Module | None) -> None:
-    """Raises ValueError for a model that RST cannot train."""
+    """Raises TypeError for what is no model, ValueError for a model that RST cannot train."""
+    if not isinstance(module, nn.Module | None):
+        raise TypeError(f"module must be an nn.Module (of several models, nn.ModuleList), got {module!r}")
     for layer in _modules(module):
-        if getattr(layer, "sparse", False) is True:
+        if isinstance(layer, nn.Embedding | nn.EmbeddingBag) and layer.sparse:
             raise ValueError("RST does not take sparse gradients: make the embedding with sparse=False")
         if type(layer).__name__ == "FullyShardedDataParallel":
             raise ValueError("RST works with fully_shard (FSDP2), not with FullyShardedDataParallel (FSDP1)")

@@ -137,9 +137,9 @@ class AESAM(LookSAM):
     def _remembers(self) -> bool:
         return self.reuse and super()._remembers()
 
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        super().zero_grad()
-        self._moved = None
+    def _decide(self) -> bool:
+        self._moved = None  # of a step that was skipped or left
+        return super()._decide()
 
     def _confirm(self) -> bool:
         norm = total_norm(self._gradients())
@@ -155,6 +155,7 @@ class AESAM(LookSAM):
 
     def _after_step(self) -> None:
         self.mean, self.variance = self._moved or (self.mean, self.variance)
+        self._moved = None
         super()._after_step()
 
 

@@ -264,13 +264,15 @@ class Window:
 
 @dataclass(frozen=True)
 class Warmup:
-    """p(t) = 0 for the first `steps` steps, then `schedule`'s: warmup steps still advance the schedule."""
+    """p(t) = 0 for the first `steps` steps, then `schedule`'s, or that number: warmup steps still advance
+    the schedule."""
 
-    schedule: Schedule
+    schedule: Schedule | float
     steps: int
 
     def __call__(self, step: Any, total_steps: int) -> Any:
-        return (step >= self.steps) * self.schedule(step, total_steps)
+        p = self.schedule(step, total_steps) if callable(self.schedule) else self.schedule
+        return (step >= self.steps) * p
 
 
 def _check_probabilities(**values: float) -> None:

@@ -9,7 +9,7 @@
 #
 # DEVICE=cpu tries a step out without a GPU. ARGS are more arguments for what a step calls, such as these, which
 # shorten step 3:
-#   DEVICE=cpu ARGS="model=resnet18 epochs=1 batch_size=8 seed=0 dataset.root=FOLDER" scripts/gpu.sh 3
+#   DEVICE=cpu ARGS="model=resnet18 epochs=1 batch_size=8 seed=0 dataset.root=FOLDER dataset.name=NAME" scripts/gpu.sh 3
 # MINUTES limits a step, JOBS says how many runs share the GPU. Where OUT is set, the results are copied into it.
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -53,6 +53,16 @@ REFUSED = {
         ValueError,
         "two of the bases",
     ),
+    "a base that maximizes": (
+        lambda: RST(torch.optim.SGD(weights(), lr=0.1, maximize=True), 0.5, 10),
+        ValueError,
+        "negate the loss",
+    ),
+    "a list of models": (
+        lambda: RST(sgd(weights()), 0.5, 10, module=[nn.Linear(1, 1)]),
+        TypeError,
+        "ModuleList",
+    ),
     "a sparse embedding": (
         lambda: (lambda m: RST(sgd(m.parameters()), 0.5, 10, module=m))(nn.Embedding(3, 2, sparse=True)),
         ValueError,
@@ -66,6 +76,12 @@ def test_refused_at_construction(case):
     make, error, words = REFUSED[case]
     with pytest.raises(error, match=words):
         make()
+
+
+def test_a_module_that_is_called_sparse_is_not_an_embedding():
+    layer = nn.Linear(2, 2)
+    layer.sparse = True
+    RST(sgd(layer.parameters()), 0.5, 10, module=layer)
 
 
 def test_lookahead_goes_around():

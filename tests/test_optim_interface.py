@@ -58,6 +58,16 @@ def test_closures_have_gradients_enabled():
     assert_same_bits(state(model), state(other))
 
 
+@pytest.mark.parametrize("sampling", ["independent", "systematic"])
+def test_attributes_of_the_coin_may_be_changed(sampling):
+    model = network()
+    optimizer = RST(sgd(model.parameters()), 0.0, 10, module=model, sampling=sampling)
+    take_steps(model, optimizer, 10)
+    optimizer.schedule, optimizer.total_steps = Constant(1.0), 15
+    take_steps(model, optimizer, 5)
+    assert (optimizer.steps, optimizer.sam_steps) == (15, 5)
+
+
 def test_stepping_past_the_end():
     model = network()
     optimizer = RST(sgd(model.parameters()), Constant(0.5), 17, module=model)

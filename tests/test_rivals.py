@@ -390,6 +390,23 @@ def test_an_overflow_in_the_second_pass_leaves_the_averages_of_ae_sam():
 
 
 @every_rival
+def test_zero_grad_in_the_body_changes_nothing(name):
+    states = []
+    for zero in (False, True):
+        model = network(plain=True)
+        optimizer = RIVALS[name](sgd(model.parameters()), module=model)
+        for t in range(T):
+            for _ in optimizer.passes():
+                if zero:
+                    optimizer.zero_grad()
+                body(model, optimizer, t)
+            optimizer.step()
+        states.append((state(model), optimizer.propagations, getattr(optimizer, "mean", None)))
+    assert_same_bits(states[0][0], states[1][0])
+    assert states[0][1:] == states[1][1:]
+
+
+@every_rival
 def test_a_hook_on_steps_runs_once_a_step(name):
     model = network(plain=True)
     RST(sgd(network().parameters()), 0.5, T)  # PyTorch puts hooks into the `step` of every class that is made

@@ -69,6 +69,7 @@ def test_cosine_periodic_and_warmup_by_hand():
     assert cosine(1, 4) == pytest.approx(0.6 - 0.4 * math.sqrt(0.5))
     assert [Periodic(3)(t, 8) for t in range(8)] == [1, 0, 0, 1, 0, 0, 1, 0]
     assert [Warmup(Linear(0, 1), 2)(t, 4) for t in range(4)] == [0, 0, 0.5, 0.75]
+    assert [Warmup(0.5, 2)(t, 4) for t in range(4)] == [0, 0, 0.5, 0.5]
 
 
 def test_window_by_hand():

@@ -52,7 +52,7 @@ def verify(folder: Path) -> ImageData:
     Raises:
         ValueError: they are not ten classes of CIFAR-10's sizes, with its channel means.
     """
-    data = image_folder(str(folder), name="cifar10-jpeg", in_memory=True)
+    data = image_folder(str(folder), in_memory=True)
     images = {"train": data.train_images, "test": data.test_images}
     labels = {"train": data.train_labels, "test": data.test_labels}
     for split, number in COUNTS.items():

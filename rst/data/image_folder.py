@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 
 EXTENSIONS = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 MEMORY_SHARE = 0.25  # of the machine's memory that decoded images may take
+CIFAR10 = "cifar10-jpeg"  # the name of dataset=cifar10_jpeg, by which runs know it
 DECODER = 1  # count it up when decoded pixels change: caches written before are then stale
 
 
@@ -62,8 +63,8 @@ def image_folder(
     `validation` evaluates on a stratified tenth of train/ in place of test/; `train_size` then takes a
     stratified part of the rest; `seed` draws both. Before them, `fold` of `folds` takes one of so many
     disjoint, stratified parts of train/ (`rst.data.images.part_of`), and after them a fraction `label_noise`
-    of the training labels is replaced by random ones. `name` is a label and changes nothing here: it
-    identifies the data set in a run, since the path differs from machine to machine.
+    of the training labels is replaced by random ones. `name` changes nothing here: it identifies the data
+    set in a run, since the path differs from machine to machine.
 
     `in_memory` "auto" holds the decoded images in memory if they take at most a quarter of the machine's.
     Otherwise, or with false, `workers` processes decode the files anew in each epoch, to the same pixels.
@@ -82,6 +83,10 @@ def image_folder(
         only = (f"{c} only in {'train' if c in train_classes else 'test'}/" for c in sorted(different))
         raise ValueError(f"{folder}: train and test must have the same classes: {', '.join(only)}")
     classes = tuple(sorted(train_classes))
+    if name == CIFAR10 and (len(train), len(test), len(classes)) != (50_000, 10_000, 10):
+        raise ValueError(
+            f"{folder} is not CIFAR-10: give the data a name of their own with dataset.name=NAME"
+        )
     label_of = {name: label for label, name in enumerate(classes)}
 
     files = train + test

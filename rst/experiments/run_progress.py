@@ -66,8 +66,7 @@ class RunProgress:
             run = cell.run
             if (result := run.result(warn=False)) is not None:
                 self.work_done += self.work[run.id]
-                split = "validation" if run.config["dataset"]["validation"] else "test"
-                self._report(cell, f"{split} accuracy {100 * result['test_accuracy']:.2f} %", shown=False)
+                self._report(cell, f"{run.split} accuracy {100 * result['test_accuracy']:.2f} %", shown=False)
             elif (failure := run.failure()) is not None:
                 self.failed += 1
                 self._report(cell, f"FAILED: {failure}", shown=True)

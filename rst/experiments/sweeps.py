@@ -217,8 +217,7 @@ def gather(
                 rows.append(Row(row.label, command, runs, row.published, row.source, factor, _folds(run)))
                 if row.label == spec.baseline:
                     setting = _setting(run, protocol)
-            split = "validation" if run.config["dataset"].get("validation") else "test"
-            columns.append(Column(shown, setting, rows, split))
+            columns.append(Column(shown, setting, rows, run.split))
         metrics = None if spec.metrics is None else tuple(spec.metrics)
         try:
             tables.append(Table(name, spec.title, spec.reference, spec.baseline, columns, metrics))

@@ -1,5 +1,6 @@
 """The claims of conf/claims, tested on the records."""
 
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,8 @@ from rst.reporting.statistics import (
 from rst.reporting.tables import Column, Row, Table
 
 ALPHA = 0.05
+POWER = 0.8
+MOST = 1000  # units that "n needed" is counted up to
 
 
 @dataclass(frozen=True)
@@ -133,7 +136,7 @@ def tables_of_claims(
 ) -> str:
     """Of each family its title and a table: estimates with 95 % intervals, not adjusted; p-values adjusted by
     Holm's method within the family, and the verdicts that follow at the 5 % level. Where there is none, how
-    many units this mean and spread would need for one."""
+    many units would be needed for one (`_needed`)."""
     joined, parts = records.joined, []
     for title, claims in families.items():
         outcomes = [evaluate(claim, _column(claim, tables), joined) for claim in claims]
@@ -188,16 +191,18 @@ def _listed(labels: str | Sequence[str]) -> list[str]:
 
 
 def _needed(outcome: Outcome, claims: int) -> str:
-    """The n, up to 10 000, from which this mean and spread would decide one of so many claims with certainty:
-    by Bonferroni's adjustment, which Holm's never exceeds."""
+    """The n that gives the t-test of one of so many claims the power `POWER` if mean and spread are exactly
+    those estimated; by Bonferroni's adjustment, which Holm's never exceeds."""
     gap, away = outcome.estimate, min(abs(outcome.estimate.mean - bound) for bound in outcome.claim.bounds)
-    n = np.arange(2, 10_001)
-    enough = (
-        n[away * np.sqrt(n) > stats.t.ppf(1 - ALPHA / 2 / claims, n - 1) * gap.std]
-        if gap.low < gap.high
-        else []
-    )
-    return str(enough[0]) if len(enough) else "–"
+    if not gap.low < gap.high:
+        return "–"
+
+    def power(n: int) -> float:
+        critical = stats.t.ppf(1 - ALPHA / 2 / claims, n - 1)
+        return float(stats.nct.sf(critical, n - 1, away / gap.std * np.sqrt(n)))
+
+    n = bisect_left(range(MOST), POWER, lo=2, key=power)
+    return str(n) if n < MOST else f"≥ {MOST}"
 
 
 def _estimate(outcome: Outcome) -> str:

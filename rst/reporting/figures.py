@@ -64,7 +64,7 @@ def forest(summary: Summary, frame: pd.DataFrame) -> Figure:
     sides = ["left", "right"] if gaps.get(summary.baseline, 0.0) > 0 else ["right", "left"]
     lines = zip([summary.baseline, summary.reference], ["--", "-"], sides, strict=True)
     for label, dash, side in lines:  # labels of lines that are close do not touch
-        if label in gaps:
+        if label in gaps and (dash == "-" or label != summary.reference):
             axes.axvline(gaps[label], ls=dash, lw=0.9, color="0.4", zorder=1)
             axes.text(gaps[label], 1.01, label, transform=axes.get_xaxis_transform(), ha=side, fontsize=8)
     texts = []
@@ -73,7 +73,8 @@ def forest(summary: Summary, frame: pd.DataFrame) -> Figure:
         enough = row["label"] == summary.reference or row[f"{name}.n"] >= MIN_SEEDS
         axes.plot(row["gap"], y, "o", color=colour, mfc=colour if enough else "white", ms=6, zorder=3)
         gap = estimate_of(row, name)
-        axes.plot([gap.low, gap.high], [y, y], color=colour, lw=1.5)
+        if enough:
+            axes.plot([gap.low, gap.high], [y, y], color=colour, lw=1.5)
         text = "reference" if row["label"] == summary.reference else points(gap)
         texts.append(text + " †" * (not enough))
     numbers = axes.twinx()
@@ -107,8 +108,10 @@ def error(summary: Summary, frame: pd.DataFrame) -> Figure:
     axes = figure.subplots()
     for _, row in frame.iterrows():
         mean, colour = row["test_error.mean"], COLOURS.get(row["method"], CYCLE[-1])
-        half = np.nan_to_num(row["test_error.high"] - mean)
-        axes.errorbar(row["eta.mean"], mean, half, fmt="o", color=colour, ms=6, lw=1.2)
+        enough = row["test_error.n"] >= MIN_SEEDS
+        half = np.nan_to_num(row["test_error.high"] - mean) if enough else 0.0
+        look: dict[str, Any] = {"mfc": colour if enough else "white", "ms": 6, "lw": 1.2}
+        axes.errorbar(row["eta.mean"], mean, half, fmt="o", color=colour, **look)
         axes.annotate(_named(row), (row["eta.mean"], mean), (6, 6), textcoords="offset points", fontsize=8)
     axes.set_xlabel(f"η, propagations (forward-backward passes) per step of {summary.baseline}")
     axes.set_ylabel(f"{summary.split} error (%), mean and 95 % interval")
@@ -130,11 +133,13 @@ def cost(summary: Summary, frame: pd.DataFrame) -> Figure:
         rows = rows.sort_values("eta.mean")
         gaps = [estimate_of(row, name) for row in rows.to_dict("records")]
         mean = np.nan_to_num([gap.mean for gap in gaps])  # 0: the reference itself
-        half = np.nan_to_num([gap.high - gap.mean for gap in gaps])
+        enough = np.array([gap.n >= MIN_SEEDS for gap in gaps]) | (rows["label"] == summary.reference)
+        half = np.where(enough, np.nan_to_num([gap.high - gap.mean for gap in gaps]), 0.0)
         anchors = {"SGD": "black", "SAM": COLOURS["sam"]}
         look: dict[str, Any] = {"color": anchors.get(str(family), CYCLE[i % len(CYCLE)])}
         look |= {"ls": DASHES[i % len(DASHES)], "marker": MARKERS[i % len(MARKERS)], "lw": 1.0, "ms": 6}
         axes.errorbar(rows["eta.mean"], mean, half, elinewidth=0.7, label=family, **look)
+        axes.plot(rows["eta.mean"][~enough], mean[~enough], **look | {"ls": "", "mfc": "white"})
     axes.set_xlabel(f"η, propagations (forward-backward passes) per step of {summary.baseline}")
     axes.set_ylabel(f"difference in {summary.split} error to {summary.reference} (points)")
     axes.grid(color="0.92")
@@ -150,8 +155,11 @@ def _with_pairs(frame: pd.DataFrame, summary: Summary) -> pd.DataFrame:
 
 
 def _family(frame: pd.DataFrame) -> pd.Series:
-    """The method that a row's label begins with, before a comma or a factor on its epochs."""
-    return frame["label"].str.split(", | × ", regex=True).str[0]
+    """What a row's label begins with, before a comma or a factor on its epochs; where another method begins
+    so, too (RST and G-RST), with the label's end."""
+    names = frame["label"].str.split(", | × ", regex=True).str[0]
+    first = frame.groupby(names, sort=False)["method"].transform("first")
+    return names.where(frame["method"] == first, names + ", " + frame["label"].str.split(", ").str[-1])
 
 
 def training_curves(summary: Summary, frame: pd.DataFrame, curves: pd.DataFrame) -> Figure:

@@ -33,13 +33,14 @@ FIGURES = {
     "curves": "{split} error and training loss during training",
     "sharpness": "sharpness of the minima",
 }
-READING = (
-    "{Split} error at the last epoch: mean ± sample standard deviation over n {unit}s. Differences are this "
-    "row's error minus {reference}'s of the same {unit}; negative is better. Their 95 % t-intervals are not "
-    "corrected for the number of rows. η: propagations (forward-backward passes) per step of {baseline}, 1 "
-    "for SGD and 2 for SAM. Time: training seconds relative to {baseline}'s of the same {unit} (median), "
-    "where both are from one machine."
-)
+READING = {  # by metric
+    "test_error": "{Split} error at the last epoch: mean ± sample standard deviation over n {unit}s.",
+    "difference_to_reference": "Differences are this row's error minus {reference}'s of the same {unit}; "
+    "negative is better. Their 95 % t-intervals are not corrected for the number of rows.",
+    "eta": "η: propagations (forward-backward passes) per step of {baseline}, 1 for SGD and 2 for SAM.",
+    "time": "Time: training seconds relative to {baseline}'s of the same {unit} (median), where both are "
+    "from one machine.",
+}
 MATRIX = (
     "{Split} error (%) at the last epoch: mean ± sample standard deviation over n {unit}s. * marks a "
     "difference to {reference}, paired by {unit}, whose 95 % t-interval excludes 0, not corrected for the "
@@ -108,8 +109,9 @@ def place(summary: Summary, summaries: Sequence[Summary]) -> str:
 
 
 def reading(summary: Summary) -> str:
-    """How to read the usual metrics."""
-    return _worded(READING, summary)
+    """How to read those of the usual metrics that the page shows."""
+    shown = summary.metrics or USUAL
+    return _worded(" ".join(text for metric, text in READING.items() if metric in shown), summary)
 
 
 def cells(summary: Summary, metrics: Sequence[str]) -> list[dict[str, str]]:
@@ -149,7 +151,9 @@ def _cell(summary: Summary, row: dict[Any, Any], metric: str) -> tuple[str, str]
             text = "unknown" if np.isnan(mean) else f"{mean:.3f}"
             return {"eta": "η", "eta_expected": "η expected"}[metric], text
         case "time":
-            return f"Time / {summary.baseline}'s", "–" if np.isnan(row["time"]) else f"{row['time']:.2f}"
+            few = " †" * (error.n < MIN_SEEDS)
+            text = "–" if np.isnan(row["time"]) else f"{row['time']:.2f}{few}"
+            return f"Time / {summary.baseline}'s", text
         case "best_epoch":
             best = estimate_of(row, "best_epoch_error")
             return f"Best epoch (%), chosen on {split} data", spread(best)
@@ -159,7 +163,7 @@ def _cell(summary: Summary, row: dict[Any, Any], metric: str) -> tuple[str, str]
         case _:
             value = estimate_of(row, metric)
             text = f"{_significant(value)}{_count(value, error.n)}" if value.n else "not measured"
-            return (SHARPNESS_NAMES | LOSSES)[metric], text
+            return (SHARPNESS_NAMES | LOSSES)[metric].replace("Test", split.capitalize()), text
 
 
 def pipes(lines: Sequence[Mapping[str, str]]) -> str:
@@ -256,7 +260,13 @@ def _remarks(summary: Summary) -> list[str]:
             f"No time: {', '.join(without)} (no {summary.baseline} of these {summary.unit}s on one machine)."
         )
     if frame["test_error.n"].between(1, MIN_SEEDS - 1).any():
-        remarks.append(f"† Fewer than {MIN_SEEDS} {summary.unit}s: no ground for a comparison.")
+        remarks.append(
+            f"† Fewer than {MIN_SEEDS} {summary.unit}s, hollow in figures: no ground for a comparison."
+        )
+    rows = frame.to_dict("records")
+    several = [row["label"] for row in rows if len(row["runs"].split()) > row["test_error.n"]]
+    if several:
+        remarks.append(f"{', '.join(several)}: a {summary.unit}'s value is the mean of several runs.")
     return remarks
 
 

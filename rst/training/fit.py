@@ -104,6 +104,9 @@ def fit(
     if state is not None:
         training.load_state_dict(state["training"])
         parts = [*state["made"], made_with]
+        before, now = (made["ranks"] for made in parts[-2:])
+        if before != now and is_first:
+            log.warning("begun with ranks=%s, goes on with %s: SAM depends on their number", before, now)
     distributed.require_equal(optimizer.steps, "the ranks must share the outputs folder; they begin at steps")
     every = checkpoint.Every(**run.settings.checkpoint)
     if is_first:
@@ -113,7 +116,7 @@ def fit(
         log.info("%s: %d steps on %s%s", run.folder, optimizer.total_steps, made_with["device_name"], done)
 
     with (
-        Progress(training, shown and is_first) as progress,
+        Progress(training, run.split, shown and is_first) as progress,
         tracker,
         Interruption() as interruption,
         closing(training.run(interruption.requested)) as points,  # ends data workers after an error, too

@@ -302,6 +302,7 @@ class Training:
             "model": self.network.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
+            "data": self._data_facts(),
             "skipped": [self.guard.skipped, self.guard.skipped_in_a_row],
             "metrics": self.metrics,
             "epoch": {
@@ -312,6 +313,11 @@ class Training:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Raises ValueError where the data have changed since."""
+        if state.get("data", self._data_facts()) != self._data_facts():
+            raise ValueError(
+                "the data are not those that the run began with: put them back, or remove the run's folder"
+            )
         self.network.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
@@ -321,3 +327,9 @@ class Training:
         self._done = epoch["steps"]
         self._sums = torch.tensor(epoch["sums"], dtype=self._sum_dtype, device=self.device)
         self._seconds_train, self._seconds_data = epoch["seconds"]
+
+    def _data_facts(self) -> list[Any]:
+        """What tells other data from those that a run began with; of image folders, the means tell pixels."""
+        data = self.data
+        n = [len(data.train_labels), len(data.test_labels)]
+        return [*n, list(data.classes), list(map(float, data.mean)), list(map(float, data.std))]

@@ -59,7 +59,7 @@ def rehearse(settings: Settings) -> None:
     with _named("schedule"):
         parts["schedule"]()
     with _named("method"):
-        new_optimizer(settings.model_dump(), base, epoch_steps=10_000)
+        new_optimizer(settings.model_dump(), base, epoch_steps=100)
     with _named("augment"):
         parts["augment"]()
     with _named("lr_schedule"):

@@ -13,10 +13,10 @@ log = logging.getLogger("train")
 
 
 class Progress:
-    """Used as a with-block. Without `shown` it shows nothing."""
+    """Used as a with-block. Without `shown` it shows nothing. `split`: what the error is measured on."""
 
-    def __init__(self, training: Training, shown: bool) -> None:
-        self.training, self.shown = training, shown
+    def __init__(self, training: Training, split: str, shown: bool) -> None:
+        self.training, self.split, self.shown = training, split, shown
         steps, total = training.optimizer.steps, training.optimizer.total_steps
         self.bar = tqdm(total=total, initial=steps, unit="step", disable=not (shown and sys.stderr.isatty()))
 
@@ -38,8 +38,8 @@ class Progress:
             return
         is_evaluated = "test_accuracy" in metrics
         if is_evaluated:
-            self.bar.set_postfix_str(f"epoch {metrics['epoch']}, test {metrics['test_accuracy']:.2%}")
+            self.bar.set_postfix_str(f"epoch {metrics['epoch']}, {self.split} {metrics['test_accuracy']:.2%}")
         if self.shown and self.bar.disable:
-            test = "test loss {test_loss:.4f}, test accuracy {test_accuracy:.4f}, " * is_evaluated
+            test = "{split} loss {test_loss:.4f}, {split} accuracy {test_accuracy:.4f}, " * is_evaluated
             line = "epoch {epoch}: train loss {train_loss:.4f}, " + test + "propagations {propagations:.10g}"
-            log.info(line.format(**metrics))
+            log.info(line.format(split=self.split, **metrics))

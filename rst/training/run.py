@@ -57,6 +57,11 @@ class Run:
         return identity(self.config)
 
     @property
+    def split(self) -> str:
+        """What the error is measured on, "test" or "validation" images, whatever its key says."""
+        return "validation" if self.config["dataset"].get("validation") else "test"
+
+    @property
     def labels(self) -> list[str]:
         """Data set, model, augmentation, method and schedule."""
         model = self.config["model"]["name"] if self.choices["model"] == "timm" else self.choices["model"]

@@ -102,6 +102,12 @@ def test_name_and_trailing_slash_change_nothing(tmp_path: Path, opened: list[str
     assert opened == looked_at(tmp_path)
 
 
+def test_other_images_are_not_called_cifar10(tmp_path: Path) -> None:
+    make(tmp_path)
+    with pytest.raises(ValueError, match=r"is not CIFAR-10.*dataset\.name"):
+        data.image_folder(str(tmp_path), name="cifar10-jpeg")
+
+
 def test_validation_and_train_size_are_stratified_and_seeded(tmp_path: Path) -> None:
     make(tmp_path, n_train=50)
     loaded = data.image_folder(str(tmp_path), train_size=20, validation=True, seed=1)

@@ -73,10 +73,12 @@ def test_every_preset_says_where_its_numbers_come_from():
         assert re.search("choice|authors|paper", header), path
 
 
-@pytest.mark.parametrize("protocol", ["quick", "cpu"])
+@pytest.mark.parametrize("protocol", ["quick", "cpu", "folds"])
 def test_protocols_leave_the_options_of_other_groups_alone(protocol):
     """They choose options and set what every run has, so that they go with any other option."""
-    choices = ["dataset=cifar10", "augment=cutout", "model=wrn28_10"]
+    choices = ["dataset=cifar10", "augment=cutout", "model=wrn28_10", "optimizer=adamw", "l2=0"]
     plain, preset = composed(*choices), composed(f"protocol={protocol}", *choices)
-    assert preset.augment == plain.augment and preset.model == plain.model
-    assert dict(preset.dataset) | {"train_size": None} == dict(plain.dataset)
+    assert preset.model == plain.model and preset.optimizer == plain.optimizer
+    assert dict(preset.augment) | {"crop_padding": 4} == dict(plain.augment)
+    own = {"train_size", "fold", "folds"}
+    assert {**preset.dataset, **dict.fromkeys(own)} == {**plain.dataset, **dict.fromkeys(own)}

@@ -59,6 +59,9 @@ def test_few_seeds_and_missing_ones_are_marked():
     axes, numbers = figures_of(some=some)["forest"].axes
     assert "RST (n = 2)" in texts(axes)
     assert [text.endswith("†") for text in texts(numbers)] == [False, True, False]
+    hollow = [line for line in axes.lines if line.get_markerfacecolor() == "white"]
+    assert [float(line.get_xdata()[0]) for line in hollow] == pytest.approx([1])
+    assert [x for x, _ in intervals(axes) if not np.isnan(x)] == pytest.approx([4 - 0.877989])
 
 
 def test_a_row_without_a_seed_of_the_references_is_left_out():
@@ -92,6 +95,16 @@ def test_methods_at_several_costs_have_a_line_each():
     assert lines["RST"].get_xdata().tolist() == pytest.approx([1 + 292 / 600] * 3)
     assert lines["RST"].get_ydata().tolist() == pytest.approx([1] * 3)
     assert sorted(lines["SAM"].get_ydata().tolist()) == [0, 0, 0]
+    runs |= {"RST, c, γ = 2": {seed: run.replace("rrst", "rgrst") for seed, run in runs["RST"].items()}}
+    asked.columns[0].rows.append(Row("RST, c, γ = 2", "", runs["RST, c, γ = 2"]))
+    strong = [
+        one | {"id": one["id"].replace("rrst", "rgrst"), "choices": {**one["choices"], "method": "grst"}}
+        for one in results()
+        if one["choices"]["method"] == "rst"
+    ]
+    axes = figures_of(asked, [*results(), *strong])["cost"].axes[0]
+    labels = [container.get_label() for container in axes.containers]
+    assert labels == ["SGD", "SAM", "RST", "RST, γ = 2"]
 
 
 def test_curves_are_means_over_seeds():

@@ -85,6 +85,13 @@ def test_fewer_than_three_seeds_are_marked():
     assert "†" not in page_of()
 
 
+def test_rows_with_several_runs_of_a_part_are_named():
+    asked = table()
+    asked.columns[0].rows[1] = replace(asked.columns[0].rows[1], folds=3)
+    assert "SAM: a seed's value is the mean of several runs." in page_of(asked)
+    assert "several runs" not in page_of()
+
+
 def test_a_difference_over_fewer_seeds_says_so():
     some = [one for one in results() if one["id"] not in ("rsam3", "rsam4")]
     assert tables_in(page_of(some=some))[0][2]["Difference to SAM (points)"].endswith("(n = 3 of 5)")
@@ -101,6 +108,9 @@ def test_metrics_are_shown_as_asked_for():
     shown, commands = tables_in(page_of(table(metrics=("eta_expected", "test_error", "published"))))
     assert list(shown[0]) == ["Method", "η expected", "Test error (%)", "Published (%)"]
     assert list(commands[0]) == ["Method", "Command"]
+    text = page_of(table(column(split="validation"), metrics=("test_error", "test_loss")))
+    assert list(tables_in(text)[0][0]) == ["Method", "Validation error (%)", "Validation loss (nats)"]
+    assert "Validation error at the last epoch" in text and "Time:" not in text and "η:" not in text
     assert len(tables_in(page_of(table(metrics=METRICS)))[0][0]) == len(METRICS) + 1
 
 

@@ -241,6 +241,14 @@ def test_resuming_anywhere_continues_bit_for_bit(
     assert [metrics["epoch"] for metrics in run.metrics] == [1, 2, 3]
 
 
+def test_a_run_does_not_go_on_with_other_data():
+    state = training(some_model()).state_dict()
+    other = training(some_model())
+    other.data = replace(other.data, mean=(0.51,))
+    with pytest.raises(ValueError, match="the data are not those"):
+        other.load_state_dict(state)
+
+
 class Poisoned(torch.nn.Module):
     """The model with something that is not finite in its loss, gradient or a weight, from its nth call on."""
 
