@@ -33,7 +33,6 @@ def main(checkpoint: str) -> None:
         schedule=Linear(0.0, 1.0),
         total_steps=EPOCHS * len(loader),
         rho=0.05,
-        gamma="matched",
         module=model,  # as Accelerate wrapped it
     )
     prepared = accelerator.prepare(optimizer)  # has step() and zero_grad(), not passes()

@@ -1,4 +1,4 @@
-"""Fine-tuning a timm model with AdamW and G-RST: layer-wise learning rates, label smoothing, bfloat16.
+"""Fine-tuning a timm model with AdamW and RST: layer-wise learning rates, label smoothing, bfloat16.
 
 python examples/finetune.py vit_small_patch16_224 pretrained
 """
@@ -38,7 +38,6 @@ def main(name: str, pretrained: bool) -> None:
         schedule=Linear(0.0, 1.0),
         total_steps=total_steps,
         rho=0.05,  # smaller than from scratch: try 0.01 too
-        gamma="matched",
         module=model,
     )
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, rates, total_steps, cycle_momentum=False)

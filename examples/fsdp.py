@@ -32,7 +32,7 @@ def main(checkpoint: Path) -> None:
         fully_shard(layer, mesh=mesh)
     total_steps = EPOCHS * len(x) // BATCH
     base = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    optimizer = RST(base, Linear(0.0, 1.0), total_steps, rho=0.05, gamma="matched", module=model)
+    optimizer = RST(base, Linear(0.0, 1.0), total_steps, rho=0.05, module=model)
     if checkpoint.exists():
         weights, state = get_state_dict(model, optimizer)
         dcp.load({"model": weights, "optimizer": state}, checkpoint_id=checkpoint)

@@ -29,7 +29,6 @@ class Classifier(LightningModule):
             torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9),
             schedule=Linear(0.0, 1.0),
             total_steps=self.trainer.estimated_stepping_batches,
-            gamma="matched",
         )
         scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, optimizer.total_steps)
         return [optimizer], [{"scheduler": scheduler, "interval": "step"}]

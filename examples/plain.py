@@ -27,7 +27,6 @@ def main(checkpoint: Path) -> None:
         torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4),
         schedule=Linear(0.0, 1.0),
         total_steps=total_steps,
-        gamma="matched",
         module=model,
     )
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, total_steps)

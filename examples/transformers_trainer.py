@@ -48,7 +48,7 @@ def main(folder: str) -> None:
         LlamaForCausalLM(config),
         arguments,
         train_dataset=data(256),
-        rst={"schedule": Linear(0.0, 1.0), "rho": 0.05, "gamma": "matched"},
+        rst={"schedule": Linear(0.0, 1.0), "rho": 0.05},
     )
     trainer.train(resume_from_checkpoint=get_last_checkpoint(folder))
     print(f"{trainer.optimizer.optimizer.propagations} propagations")

@@ -21,8 +21,8 @@ from rst.reporting.tables import summarize, to_csv
 from rst.training.provenance import provenance
 
 CONF = ROOT / "conf"
-RECORDED = sorted(path.parent.name for path in ROOT.glob("results/*/runs.csv"))
-UNDER_WAY = {"folds"}  # protocols whose runs are not all recorded yet
+RECORDED = sorted({path.parents[1].name for path in ROOT.glob("results/*/*/table.csv")})
+UNDER_WAY = {"folds", "gpu"}  # protocols whose runs are not all recorded yet
 TOLERANCE = 0.03  # of test accuracy on another machine: a few times its spread over seeds
 
 
@@ -93,6 +93,7 @@ def test_claims_follow_from_the_records(folder, protocol, tables, records):
 
 SUMMARIES = {  # what comes before the sentences, and after them
     "results/README.md": ("# Results\n", "\n| "),
+    "results/folds/README.md": ("## Reading the tables\n", "\n## "),
     "README.md": ("## What it does on real images\n", "\n## "),
 }
 
@@ -150,6 +151,8 @@ def test_the_readme_has_the_table_that_the_records_give(tree):
 def test_the_propagation_count_is_the_coins(records):
     """Within 4 standard deviations of its closed form, for every run."""
     runs = records.runs
+    if runs.empty:
+        return  # of gpu, as long as nothing has been run
     away = (runs["propagations"] - runs["expected_propagations"]).abs()
     known = away.notna()  # AE-SAM's is measured only
     assert (away <= 4 * runs["propagations_std"] + 1e-9)[known].all()
