@@ -20,7 +20,7 @@ WHICH = --protocol $(PROTOCOL) --table $(TABLE)
 
 # Runs what is missing and writes the tables. Interrupted, it goes on when it is repeated.
 reproduce-tables: .venv/stamp
-	$(BIN)/python scripts/reproduce.py $(WHICH) $(if $(REUSE),--reuse) $(if $(SHARPNESS),--sharpness) $(if $(PRINT),--print) --launcher $(LAUNCHER) $(if $(JOBS),--jobs $(JOBS)) $(ARGS)
+	$(BIN)/python scripts/reproduce.py $(WHICH) $(if $(filter-out 0,$(REUSE)),--reuse) $(if $(filter-out 0,$(SHARPNESS)),--sharpness) $(if $(filter-out 0,$(PRINT)),--print) --launcher $(LAUNCHER) $(if $(JOBS),--jobs $(JOBS)) $(ARGS)
 
 # CIFAR-10 as JPEG files, for protocol=cpu and folds: unpacked from ARCHIVE where data/cifar10 is not there, and verified.
 data: .venv/stamp
@@ -28,11 +28,11 @@ data: .venv/stamp
 
 # Writes the tables of what has run so far, also while make reproduce-tables is running.
 tables: .venv/stamp
-	$(BIN)/python scripts/reproduce.py $(WHICH) --collect $(if $(PRINT),--print) $(ARGS)
+	$(BIN)/python scripts/reproduce.py $(WHICH) --collect $(if $(filter-out 0,$(PRINT)),--print) $(ARGS)
 
 # Prints what runs, propagations and hours the tables still need.
 plan: .venv/stamp
-	$(BIN)/python scripts/plan.py $(WHICH) $(if $(REUSE),--reuse) $(if $(RATE),--images-per-second $(RATE)) $(ARGS)
+	$(BIN)/python scripts/plan.py $(WHICH) $(if $(filter-out 0,$(REUSE)),--reuse) $(if $(RATE),--images-per-second $(RATE)) $(ARGS)
 
 readme: .venv/stamp
 	$(BIN)/python scripts/readme.py
@@ -96,5 +96,5 @@ format: .venv/stamp
 	.venv-examples/bin/python -m pip install --quiet --requirement examples/requirements.txt
 	@touch $@
 
-clean:
-	rm -rf .venv .venv-examples outputs
+clean: # all but the runs
+	rm -rf .venv .venv-examples

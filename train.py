@@ -12,6 +12,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from rst.experiments.command_line import describe, launch, task
+from rst.training.run import RunBusyError
 
 log = logging.getLogger("train")
 ROOT = Path(__file__).resolve().parent
@@ -29,7 +30,14 @@ def main(cfg: DictConfig) -> None:
     else:
         from rst.training.fit import train  # here, as its imports take seconds
 
-        result = train(run, in_sweep=HydraConfig.get().mode is RunMode.MULTIRUN)
+        in_sweep = HydraConfig.get().mode is RunMode.MULTIRUN
+        try:
+            result = train(run, in_sweep)
+        except RunBusyError as error:
+            if not in_sweep:
+                raise
+            log.info("%s", error)  # such as SGD's run at another rho, which is the same run
+            return
     log.info("%s: %s %s", run.name, run.split, in_words(result))
 
 

@@ -45,7 +45,10 @@ class Joint(Optimizer):
 
     @param_groups.setter
     def param_groups(self, value: Any) -> None:
-        """`Optimizer.__init__` assigns an empty list, which is not to replace the bases'."""
+        """Those of the base, where there is one. `Optimizer.__init__` assigns an empty list, which is not to
+        replace the bases'."""
+        if value:
+            self.base.param_groups = value
 
     @property
     def state(self) -> Any:

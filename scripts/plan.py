@@ -10,7 +10,7 @@ from tabulate import tabulate
 
 from rst.experiments.command_line import launch
 from rst.experiments.cost import cost_of, speed
-from rst.experiments.sweeps import Cell, gather, table_parser, with_outputs
+from rst.experiments.sweeps import Cell, gather, results_of, split, table_parser, with_outputs
 
 ROOT = Path(__file__).resolve().parent.parent
 HEADERS = ["table", "column", "runs", "done", "failed", "to do"]
@@ -38,12 +38,14 @@ def main() -> None:
     os.chdir(ROOT)
     rate = arguments.images_per_second
     recorded: set[str] = set()
-    runs = Path(arguments.results or "results") / arguments.protocol / "runs.csv"
+    common, _ = split(arguments.overrides)
+    results = arguments.results or results_of(common, arguments.outputs)
+    runs = results / arguments.protocol / "runs.csv"
     if arguments.reuse and runs.exists():
         with runs.open(newline="") as file:
             recorded = {row["id"] for row in csv.DictReader(file)}
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        overrides = with_outputs(arguments.overrides, arguments.outputs)
+        overrides = with_outputs(common, arguments.outputs)
         tables, cells = gather(arguments.table, ROOT / "conf", arguments.protocol, overrides)
     lines = []
     for table in tables:

@@ -100,6 +100,15 @@ def test_a_group_added_later():
         optimizer.add_param_group({"params": [torch.nn.Parameter(torch.zeros(1))], "rho": -1.0})
 
 
+def test_groups_may_be_replaced():
+    """As Lightning does to restore those that were unfrozen."""
+    model = network()
+    optimizer = RST(sgd(model.parameters()), 0.5, 10)
+    first, *others = model.parameters()
+    optimizer.param_groups = [{**optimizer.param_groups[0], "params": part} for part in ([first], others)]
+    assert [len(group["params"]) for group in optimizer.base.param_groups] == [1, len(others)]
+
+
 def test_a_copy_goes_on_by_itself():
     model = network(plain=True)  # no dropout
     optimizer = RST(sgd(model.parameters()), Constant(1.0), 10, module=model)

@@ -199,6 +199,8 @@ def test_a_run_that_another_process_is_running_is_left_alone(run_train, tmp_path
     with FileLock(folder / ".lock"), pytest.raises(SystemExit) as ended:
         run_train(*arguments)
     assert ended.value.code == f"error: {folder} is being run by {process}"
+    with FileLock(folder / ".lock"):
+        run_train("-m", *arguments)  # in a sweep it may be another job's, as SGD is one run at any rho
     assert not (folder / "result.json").exists()
     run_train(*arguments)  # the lock is free again
     assert (folder / "result.json").exists()

@@ -18,14 +18,13 @@ from rst.experiments.cost import cost_of, steps_per_epoch
 from rst.experiments.launcher import Launcher, is_death
 from rst.experiments.measure_sharpness import measure_all
 from rst.experiments.run_progress import RunProgress
-from rst.experiments.sweeps import OUTPUTS, Cell, gather, with_outputs
+from rst.experiments.sweeps import OUTPUTS, Cell, gather, results_of, split, with_outputs
 from rst.files import write_atomically
 from rst.optim import RST
 from rst.reporting.claims import write_claims
 from rst.reporting.records import Finished, Records, collect, recorded_in
 from rst.reporting.tables import Row, Table, write_table
 from rst.schedule import probabilities
-from rst.training.identity import can_change_results
 from rst.training.parts import optimizer_alone, schedule_of
 from rst.training.run import Run
 from rst.training.tracking import log_table
@@ -57,8 +56,7 @@ def reproduce(
         overrides: for every run; those of Hydra's own settings ("hydra.launcher.partition=gpu") are for the
             launcher.
         outputs: folder of the run folders.
-        results: folder of the tables. By default "results", or `outputs`/results where overrides change what
-            the runs are: a shortened table must not take the place of the whole one.
+        results: folder of the tables; by default `results_of` the overrides.
         launcher: one of Hydra's.
         jobs: processes at once, with joblib; None: one a core.
         only_collect: run nothing.
@@ -66,17 +64,11 @@ def reproduce(
         sharpness: measure the sharpness of all finished runs.
         for_print: write the tables also as LaTeX, the figures also as PDF.
     """
-    settings = [text for text in overrides if text.startswith("hydra")]
-    common = [text for text in overrides if text not in settings]
-    elsewhere = (
-        outputs / "results"
-        if any(can_change_results(text.partition("=")[0]) for text in common)
-        else Path("results")
-    )
-    folder = (results or elsewhere) / protocol
+    common, settings = split(overrides)
+    folder = (results or results_of(common, outputs)) / protocol
     jobs = jobs or cpu_count()
     if launcher == "joblib":
-        settings.append(f"hydra.launcher.n_jobs={jobs}")
+        settings.insert(0, f"hydra.launcher.n_jobs={jobs}")
         os.environ["OMP_NUM_THREADS"] = str(max(1, cpu_count() // jobs))  # together a thread a core
 
     with initialize_config_dir(str(conf), version_base="1.3"):
@@ -92,8 +84,12 @@ def reproduce(
             run_all(todo, len(cells), Launcher(launcher, with_outputs(settings, outputs)))
 
     if sharpness:
-        measure_all([cell.run.folder for cell in cells.values() if cell.run.result(warn=False)], jobs=jobs)
-    failures = {key: reason for key, cell in cells.items() if (reason := cell.run.failure())}
+        radii = _radii(tables, cells)
+        measured = [key for key, cell in cells.items() if cell.run.result(warn=False)]
+        measure_all([cells[key].run.folder for key in measured], [radii[key] for key in measured], jobs=jobs)
+    failures = {
+        key: reason for key, cell in cells.items() if key not in recorded and (reason := cell.run.failure())
+    }
     if failures.keys() == cells.keys() and not only_collect:  # the tables that are there are worth more
         reason = next(iter(failures.values()))
         raise ValueError(f"all {len(cells)} runs failed, so no table is written; the first: {reason}")
@@ -138,7 +134,7 @@ def run_all(cells: Sequence[Cell], total: int, launcher: Launcher) -> None:
             began = time.time()
             try:
                 jobs = launcher.run([[*cell.overrides, *_group(cell)] for cell in batch])
-            except KeyboardInterrupt:
+            except (KeyboardInterrupt, SystemExit):  # the latter of a process that was told to end
                 progress.tell("interrupted: repeat the command to resume")
                 raise
             except Exception as error:
@@ -176,8 +172,21 @@ def _has_ended(cell: Cell) -> bool:
 
 
 def _group(cell: Cell) -> list[str]:
-    """The override that groups a table's runs in Weights & Biases, where they are tracked there."""
-    return [f"tracker.run_group={cell.table}"] if cell.run.choices["tracker"] == "wandb" else []
+    """The override that groups a table's runs in Weights & Biases, where they are tracked there and have no
+    other group."""
+    is_free = cell.run.choices["tracker"] == "wandb" and cell.run.config["tracker"]["run_group"] is None
+    return [f"tracker.run_group={cell.table}"] if is_free else []
+
+
+def _radii(tables: Sequence[Table], cells: Mapping[str, Cell]) -> dict[str, float]:
+    """By run id, the ρ at which its sharpness is measured: that of its column's baseline, for all rows."""
+    radii: dict[str, float] = {}
+    for table in tables:
+        for column in table.columns:
+            (baseline,) = (row for row in column.rows if row.label == table.baseline)
+            rho = _a_run(baseline, cells).config["rho"]
+            radii |= {run: rho for row in column.rows for run in row.runs.values() if run not in radii}
+    return radii
 
 
 def _collect(
@@ -262,4 +271,5 @@ def _log(
         keys = ("project", "entity", "mode", "init_timeout", "finish_timeout")
         settings = {key: run.config["tracker"][key] for key in keys if key in run.config["tracker"]}
         name = f"{protocol}-{table.name}"
-        log_table(files, name=name, group=table.name, folder=outputs / ".wandb" / name, **settings)
+        group = run.config["tracker"]["run_group"] or table.name
+        log_table(files, name=name, group=group, folder=outputs / ".wandb" / name, **settings)

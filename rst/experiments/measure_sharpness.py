@@ -12,7 +12,6 @@ from hydra.utils import instantiate
 from joblib import Parallel, delayed
 from omegaconf import OmegaConf
 
-import rst.experiments.command_line  # noqa: F401  registers the resolver that a configuration may use
 from rst.data import ImageData, evaluation_batches
 from rst.data.images import SHARPNESS_SPLIT, stratified
 from rst.files import write_text
@@ -27,12 +26,20 @@ BATCH_SIZE = 250
 
 
 def measure_all(
-    folders: Sequence[Path], images: int = IMAGES, jobs: int = 1, rho: float | None = None
+    folders: Sequence[Path], radii: Sequence[float | None], images: int = IMAGES, jobs: int = 1
 ) -> None:
-    """`measure` the runs in these folders, `jobs` at once, and print a line on each, in order."""
-    tasks = [delayed(measure)(folder, images, rho) for folder in folders]
+    """`measure` the runs in these folders, `jobs` at once, and print a line on each, in order; where it could
+    not be measured, why."""
+    tasks = [delayed(_line)(folder, rho, images) for folder, rho in zip(folders, radii, strict=True)]
     for line in Parallel(n_jobs=jobs, return_as="generator")(tasks):
         print(line, flush=True)
+
+
+def _line(folder: Path, rho: float | None, images: int) -> str:
+    try:
+        return measure(folder, images, rho)
+    except (OSError, ValueError) as error:
+        return f"not measured: {folder}: {error}"
 
 
 def measure(folder: Path, images: int = IMAGES, rho: float | None = None) -> str:

@@ -18,6 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from rst.experiments.command_line import describe
 from rst.reporting.tables import Column, Row, Table
+from rst.training.identity import can_change_results
 from rst.training.run import Run
 
 OUTPUTS = Path("outputs")
@@ -189,6 +190,9 @@ def gather(
     """The tables, and the runs of all of them by run id.
 
     `common` are overrides for every run.
+
+    Raises:
+        ValueError: one of them would override what a row is.
     """
     tables: list[Table] = []
     cells: dict[str, Cell] = {}
@@ -198,6 +202,9 @@ def gather(
         for column, chosen in settings.items():
             rows, setting, shown = [], "", column if len(settings) > 1 else ""
             for row in spec.rows:
+                own, given = ({text.partition("=")[0] for text in some} for some in (row.overrides, common))
+                if both := own & given:
+                    raise ValueError(f"table {name}: its row {row.label} has a {both.pop()} of its own")
                 overrides = [f"protocol={protocol}", *chosen, *row.overrides, *common]
                 factor = 1.0
                 if row.epochs_factor != 1:
@@ -269,6 +276,19 @@ def table_parser(description: str | None, conf: Path) -> argparse.ArgumentParser
     parser.add_argument("--reuse", action="store_true", help="what runs.csv records counts as complete")
     parser.add_argument("overrides", nargs="*", help="for every run, such as epochs=1")
     return parser
+
+
+def split(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The overrides of runs, and those of Hydra's own settings ("hydra.launcher.partition=gpu")."""
+    of_hydra = [text for text in overrides if text.lstrip("+~").startswith("hydra")]
+    return [text for text in overrides if text not in of_hydra], of_hydra
+
+
+def results_of(overrides: Sequence[str], outputs: Path) -> Path:
+    """The folder of tables: "results", or `outputs`/results where overrides change what the runs are, as a
+    shortened table must not take the place of the whole one."""
+    changed = any(can_change_results(text.partition("=")[0]) for text in overrides)
+    return outputs / "results" if changed else Path("results")
 
 
 def with_outputs(overrides: Sequence[str], outputs: Path) -> list[str]:

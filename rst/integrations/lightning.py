@@ -72,6 +72,10 @@ class RSTCallback(Callback):
         self._undo.enter_context(_replaced(owner, name, function))
 
 
+class _SkippedError(Exception):
+    """`training_step` returned None: no step for this batch."""
+
+
 def _after_passes(
     module: LightningModule,
     optimizer_step: Callable[..., None],
@@ -89,10 +93,15 @@ def _after_passes(
         with _replaced(module, "log", _nothing if results else module.log):
             loss = closure()
         results.append(closure.consume_result())
+        if loss is None:
+            raise _SkippedError
         return loss
 
     with _replaced(module, "optimizer_zero_grad", _nothing):  # RST does that itself
-        loss = optimizer.optimizer.gradient(propagate)
+        try:
+            loss = optimizer.optimizer.gradient(propagate)
+        except _SkippedError:
+            optimizer_step = _nothing
     closure._result = results[0]
     optimizer_step(epoch, batch_idx, optimizer, lambda: loss)
 

@@ -39,6 +39,9 @@ def identity(config: Mapping[str, Any]) -> str:
     are in. A setting that is renamed, or an option whose default changes results, makes another run.
     """
     kept = {path: value for path, value in _flat(config) if not _is_left_out(path, value)}
+    data = config["dataset"]
+    if not data["_target_"].startswith("rst.") and "name" not in data and "root" in data:
+        kept["dataset.root"] = data["root"]  # nothing else tells somebody's own data apart
     return "r" + hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:8]
 
 
@@ -50,7 +53,7 @@ def _flat(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
             yield from _flat(value, f"{path}.")
         elif key == "_target_":
             yield path, _without_module(value)
-        elif not key.startswith("_"):  # how Hydra calls the target
+        elif key not in ("_partial_", "_convert_", "_recursive_"):  # how Hydra calls the target
             yield path, _canonical(value)
 
 

@@ -144,6 +144,15 @@ def test_tables_are_where_the_whole_ones_are_only_if_they_are_whole(tmp_path, mo
     assert not [*tmp_path.glob("outputs/digits*")]
 
 
+def test_a_recorded_run_counts_whatever_failed_here_before(again, run_script, capsys):
+    """In another attempt, say, that had no data."""
+    run = next((again / "outputs").glob("digits*"))
+    shutil.move(run / "result.json", run / "was.json")
+    (run / "failed.json").write_text('{"error": "no data"}')
+    run_script(*script(again, "--reuse"), *SHORT)
+    assert "failed" not in (results_of(again) / "imagenet" / "README.md").read_text()
+
+
 def test_if_all_runs_fail_the_tables_that_are_there_stay(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     reproduce(["imagenet"], ROOT / "conf", "quick", ["seed=0"], only_collect=True)

@@ -10,7 +10,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import open_dict
 
 from rst.experiments.command_line import describe
-from rst.experiments.sweeps import cells_of, expand, gather, options, read_table
+from rst.experiments.sweeps import cells_of, expand, gather, options, read_table, split
 
 CONF = ROOT / "conf"
 SGD, SAM = {"label": "SGD", "overrides": ["method=sgd"]}, {"label": "SAM", "overrides": ["method=sam"]}
@@ -213,6 +213,16 @@ def test_half_the_radius_is_half_the_protocols(protocol):
 def test_a_contradictory_table_is_refused(conf, keys, message):
     with pytest.raises(ValueError, match=message):
         gather(["t"], conf(**keys), "quick", ["seed=0"])
+
+
+def test_what_a_row_is_cannot_be_overridden():
+    with pytest.raises(ValueError, match="its row SAM at ρ/2 has a rho of its own"):
+        gather(["budget"], CONF, "quick", ["seed=0", "rho=0.2"])
+
+
+def test_settings_of_hydra_are_the_launchers():
+    runs, of_hydra = ["epochs=1", "method.rho=1"], ["hydra.launcher.timeout_min=5", "+hydra.launcher.x=1"]
+    assert split([*of_hydra, *runs]) == (runs, of_hydra)
 
 
 def test_only_the_seed_may_sweep_beside_the_table():

@@ -196,6 +196,19 @@ class Fail(Callback):
         raise ZeroDivisionError
 
 
+def test_a_batch_without_a_loss_is_left_out(tmp_path):
+    class Picky(Net):
+        def training_step(self, batch, batch_idx):
+            return None if batch_idx in (2, 5) else super().training_step(batch, batch_idx)["loss"]
+
+        def on_train_batch_end(self, *_):
+            pass
+
+    run = trainer(tmp_path)
+    run.fit(Picky(), loader(numbered_batches(STEPS)))
+    assert run.optimizers[0].steps == STEPS - 2
+
+
 def test_accumulate_grad_batches_is_refused(tmp_path):
     with pytest.raises(ValueError, match="accumulate_grad_batches"):
         trainer(tmp_path, accumulate_grad_batches=2).fit(Net(), loader(numbered_batches(2)))

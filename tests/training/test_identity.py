@@ -60,10 +60,18 @@ def test_what_cannot_change_the_result_is_no_part_of_it(path, value):
         ("schedule._target_", "rst.schedule.Cosine.with_mean"),
         ("schedule._target_", "rst.schedule.Linear"),
         ("optimizer._target_", "timm.optim.SGD"),
+        ("model._args_", [8]),
     ],
 )
 def test_what_changes_the_result_is(path, value):
     assert identity(changed(path, value)) != identity(CONFIG)
+
+
+def test_data_of_ones_own_are_told_apart_by_their_folder_unless_they_have_a_name():
+    for named in ({}, {"name": "pets"}):
+        data = [{"_target_": "my_data.pets", "root": root, **named} for root in ("a", "b")]
+        one, other = (identity(changed("dataset", node)) for node in data)
+        assert (one == other) == bool(named)
 
 
 @pytest.mark.parametrize(
