@@ -12,7 +12,6 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from rst.experiments.command_line import describe, launch, task
-from rst.training.run import RunBusyError
 
 log = logging.getLogger("train")
 ROOT = Path(__file__).resolve().parent
@@ -29,6 +28,7 @@ def main(cfg: DictConfig) -> None:
             log.warning("it had ranks=%s, not %s: SAM depends on their number", result["ranks"], ranks)
     else:
         from rst.training.fit import train  # here, as its imports take seconds
+        from rst.training.run import RunBusyError
 
         in_sweep = HydraConfig.get().mode is RunMode.MULTIRUN
         try:
