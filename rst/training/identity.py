@@ -39,8 +39,8 @@ def identity(config: Mapping[str, Any]) -> str:
     are in. A setting that is renamed, or an option whose default changes results, makes another run.
     """
     kept = {path: value for path, value in _flat(config) if not _is_left_out(path, value)}
-    data = config["dataset"]
-    if not data["_target_"].startswith("rst.") and "name" not in data and "root" in data:
+    data = config.get("dataset", {})
+    if "root" in data and "name" not in data and not data["_target_"].startswith("rst."):
         kept["dataset.root"] = data["root"]  # nothing else tells somebody's own data apart
     return "r" + hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:8]
 

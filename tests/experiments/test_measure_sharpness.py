@@ -17,7 +17,7 @@ def test_from_runs_to_the_table(tmp_path, run_script, capsys):
 
     def driver(*arguments):
         places = ["--results", tmp_path / "results", "--outputs", outputs]
-        table = ["--table", "imagenet", "--launcher", "basic"]
+        table = ["--table", "imagenet", "--launcher", "basic", "--jobs", "1"]  # joblib's processes stay
         run_script("scripts/reproduce.py", *table, *places, *arguments, *size)
 
     driver()
