@@ -18,8 +18,8 @@ def test_the_papers_size_in_small(tmp_path):
         folder.mkdir(parents=True, exist_ok=True)
         pixels = torch.randint(256, (32, 32, 3), generator=torch.Generator().manual_seed(i))
         Image.fromarray(pixels.to(torch.uint8).numpy()).save(folder / f"{i}.png")
-    arguments = f"--outputs {tmp_path} --results {tmp_path}/results dataset.root={tmp_path}/images dataset.name=some"
-    arguments += " model=resnet18 epochs=1 batch_size=8 seed=0"
+    arguments = f"--outputs {tmp_path} --results {tmp_path}/results dataset.root={tmp_path}/images"
+    arguments += " dataset.name=some model=resnet18 epochs=1 batch_size=8 seed=0"
     settings = {"DEVICE": "cpu", "ARGS": arguments, "JOBS": "1", "OUT": str(tmp_path), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         ["scripts/gpu.sh", "3"], cwd=ROOT, env=os.environ | settings, capture_output=True, text=True
