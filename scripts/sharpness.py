@@ -30,7 +30,7 @@ def main() -> None:
     finished = [folder for folder in arguments.runs if (folder / "result.json").exists()]
     if unfinished := [str(folder) for folder in arguments.runs if folder not in finished]:
         print(f"left out, as not finished: {', '.join(unfinished)}", file=sys.stderr)
-    measure_all(finished, [arguments.rho] * len(finished), arguments.images, arguments.jobs)
+    measure_all(dict.fromkeys(finished, arguments.rho), arguments.images, arguments.jobs)
     sys.exit(0 if finished else 1)
 
 

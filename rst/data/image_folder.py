@@ -63,8 +63,8 @@ def image_folder(
     `validation` evaluates on a stratified tenth of train/ in place of test/; `train_size` then takes a
     stratified part of the rest; `seed` draws both. Before them, `fold` of `folds` takes one of so many
     disjoint, stratified parts of train/ (`rst.data.images.part_of`), and after them a fraction `label_noise`
-    of the training labels is replaced by random ones. `name` changes nothing here: it identifies the data
-    set in a run, since the path differs from machine to machine.
+    of the training labels is replaced by random ones. `name` identifies the data set in a run, since the
+    path differs from machine to machine; that of CIFAR-10 is refused for other images.
 
     `in_memory` "auto" holds the decoded images in memory if they take at most a quarter of the machine's.
     Otherwise, or with false, `workers` processes decode the files anew in each epoch, to the same pixels.

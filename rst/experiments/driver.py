@@ -85,8 +85,8 @@ def reproduce(
 
     if sharpness:
         radii = _radii(tables, cells)
-        measured = [key for key, cell in cells.items() if cell.run.result(warn=False)]
-        measure_all([cells[key].run.folder for key in measured], [radii[key] for key in measured], jobs=jobs)
+        finished = {key: cell.run for key, cell in cells.items() if cell.run.result(warn=False)}
+        measure_all({run.folder: radii[key] for key, run in finished.items()}, jobs=jobs)
     failures = {
         key: reason for key, cell in cells.items() if key not in recorded and (reason := cell.run.failure())
     }

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -25,12 +25,10 @@ IMAGES = 500
 BATCH_SIZE = 250
 
 
-def measure_all(
-    folders: Sequence[Path], radii: Sequence[float | None], images: int = IMAGES, jobs: int = 1
-) -> None:
-    """`measure` the runs in these folders, `jobs` at once, and print a line on each, in order; where it could
-    not be measured, why."""
-    tasks = [delayed(_line)(folder, rho, images) for folder, rho in zip(folders, radii, strict=True)]
+def measure_all(radii: Mapping[Path, float | None], images: int = IMAGES, jobs: int = 1) -> None:
+    """`measure` the runs in these folders, each at its ρ, `jobs` at once, and print a line on each, in order;
+    where it could not be measured, why."""
+    tasks = [delayed(_line)(folder, rho, images) for folder, rho in radii.items()]
     for line in Parallel(n_jobs=jobs, return_as="generator")(tasks):
         print(line, flush=True)
 

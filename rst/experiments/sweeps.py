@@ -202,8 +202,7 @@ def gather(
         for column, chosen in settings.items():
             rows, setting, shown = [], "", column if len(settings) > 1 else ""
             for row in spec.rows:
-                own, given = ({text.partition("=")[0] for text in some} for some in (row.overrides, common))
-                if both := own & given:
+                if both := _keys(row.overrides) & _keys(common):
                     raise ValueError(f"table {name}: its row {row.label} has a {both.pop()} of its own")
                 overrides = [f"protocol={protocol}", *chosen, *row.overrides, *common]
                 factor = 1.0
@@ -231,6 +230,10 @@ def gather(
         except ValueError as error:
             raise ValueError(f"table {name}: {error}") from None
     return tables, cells
+
+
+def _keys(overrides: Sequence[str]) -> set[str]:
+    return {text.partition("=")[0] for text in overrides}
 
 
 def _but_seeds(overrides: Sequence[str]) -> list[str]:
@@ -287,7 +290,7 @@ def split(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
 def results_of(overrides: Sequence[str], outputs: Path) -> Path:
     """The folder of tables: "results", or `outputs`/results where overrides change what the runs are, as a
     shortened table must not take the place of the whole one."""
-    changed = any(can_change_results(text.partition("=")[0]) for text in overrides)
+    changed = any(map(can_change_results, _keys(overrides)))
     return outputs / "results" if changed else Path("results")
 
 

@@ -31,6 +31,12 @@ CURVES_A_PANEL = 10  # as many as the eye can follow, beside the reference's and
 BINS = 50  # of a schedule's steps
 
 
+def marker_of(method: str, enough: bool) -> dict[str, Any]:
+    """How a method's marker looks: hollow where there are not `enough` seeds, `MIN_SEEDS`."""
+    colour = COLOURS.get(method, CYCLE[-1])
+    return {"color": colour, "mfc": colour if enough else "white"}
+
+
 def of_column(summary: Summary, curves: pd.DataFrame) -> dict[str, Figure]:
     """The figures, by name, of the rows that have finished runs; none where no row has."""
     frame = summary.frame[summary.frame["test_error.n"] > 0]
@@ -62,19 +68,20 @@ def forest(summary: Summary, frame: pd.DataFrame) -> Figure:
     figure, (axes,), places = _by_eta(frame, width=8.0)
     gaps = frame.set_index("label")["gap"]
     sides = ["left", "right"] if gaps.get(summary.baseline, 0.0) > 0 else ["right", "left"]
-    lines = zip([summary.baseline, summary.reference], ["--", "-"], sides, strict=True)
-    for label, dash, side in lines:  # labels of lines that are close do not touch
-        if label in gaps and (dash == "-" or label != summary.reference):
+    # One line where they are the same row; labels of lines that are close do not touch.
+    lines = {summary.baseline: ("--", sides[0]), summary.reference: ("-", sides[1])}
+    for label, (dash, side) in lines.items():
+        if label in gaps:
             axes.axvline(gaps[label], ls=dash, lw=0.9, color="0.4", zorder=1)
             axes.text(gaps[label], 1.01, label, transform=axes.get_xaxis_transform(), ha=side, fontsize=8)
     texts = []
     for y, row in zip(places, frame.to_dict("records"), strict=True):
-        colour = COLOURS.get(row["method"], CYCLE[-1])
         enough = row["label"] == summary.reference or row[f"{name}.n"] >= MIN_SEEDS
-        axes.plot(row["gap"], y, "o", color=colour, mfc=colour if enough else "white", ms=6, zorder=3)
+        look = marker_of(row["method"], enough)
+        axes.plot(row["gap"], y, "o", ms=6, zorder=3, **look)
         gap = estimate_of(row, name)
         if enough:
-            axes.plot([gap.low, gap.high], [y, y], color=colour, lw=1.5)
+            axes.plot([gap.low, gap.high], [y, y], color=look["color"], lw=1.5)
         text = "reference" if row["label"] == summary.reference else points(gap)
         texts.append(text + " †" * (not enough))
     numbers = axes.twinx()
@@ -107,11 +114,10 @@ def error(summary: Summary, frame: pd.DataFrame) -> Figure:
     figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
     axes = figure.subplots()
     for _, row in frame.iterrows():
-        mean, colour = row["test_error.mean"], COLOURS.get(row["method"], CYCLE[-1])
-        enough = row["test_error.n"] >= MIN_SEEDS
+        mean, enough = row["test_error.mean"], row["test_error.n"] >= MIN_SEEDS
         half = np.nan_to_num(row["test_error.high"] - mean) if enough else 0.0
-        look: dict[str, Any] = {"mfc": colour if enough else "white", "ms": 6, "lw": 1.2}
-        axes.errorbar(row["eta.mean"], mean, half, fmt="o", color=colour, **look)
+        look = marker_of(row["method"], enough)
+        axes.errorbar(row["eta.mean"], mean, half, fmt="o", ms=6, lw=1.2, **look)
         axes.annotate(_named(row), (row["eta.mean"], mean), (6, 6), textcoords="offset points", fontsize=8)
     axes.set_xlabel(f"η, propagations (forward-backward passes) per step of {summary.baseline}")
     axes.set_ylabel(f"{summary.split} error (%), mean and 95 % interval")

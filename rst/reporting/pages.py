@@ -163,7 +163,7 @@ def _cell(summary: Summary, row: dict[Any, Any], metric: str) -> tuple[str, str]
         case _:
             value = estimate_of(row, metric)
             text = f"{_significant(value)}{_count(value, error.n)}" if value.n else "not measured"
-            return (SHARPNESS_NAMES | LOSSES)[metric].replace("Test", split.capitalize()), text
+            return _worded((SHARPNESS_NAMES | LOSSES)[metric], summary), text
 
 
 def pipes(lines: Sequence[Mapping[str, str]]) -> str:

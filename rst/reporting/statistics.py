@@ -18,8 +18,8 @@ SHARPNESS_NAMES = {
     "along": "L(θ ± d/2) − L(θ)",
 }
 LOSSES = {
-    "test_loss": "Test loss (nats)",
-    "calibrated_test_loss": "Test loss, calibrated (nats)",
+    "test_loss": "{Split} loss (nats)",
+    "calibrated_test_loss": "{Split} loss, calibrated (nats)",
     "train_loss": "Training loss (nats)",
 }
 

@@ -9,11 +9,12 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from rst.reporting.figures import COLOURS, CYCLE
+from rst.reporting.figures import COLOURS, marker_of
 from rst.reporting.statistics import LOSSES, MIN_SEEDS, estimate, paired_difference
 from rst.reporting.tables import Table
 
-METRICS = {"test_error": "Test error (points)", **LOSSES}
+METRICS = {"test_error": "Test error (points)"}
+METRICS |= {name: heading.format(Split="Test") for name, heading in LOSSES.items()}
 MARKERS = {"early": "v", "even": "o", "late": "^"}  # by when most of the SAM steps are
 
 
@@ -63,9 +64,9 @@ def figure(frame: pd.DataFrame, baseline: str, reference: str) -> Figure:
         axes.axhline(0, color="0.4", lw=0.9, ls="--")
         for at, row in zip(x, frame.to_dict("records"), strict=True):
             mean, half = row[f"{metric}.mean"], row[f"{metric}.high"] - row[f"{metric}.mean"]
-            colour, enough = COLOURS.get(row["method"], CYCLE[-1]), row[f"{metric}.n"] >= MIN_SEEDS
-            look = {"color": colour, "mfc": colour if enough else "white", "fmt": MARKERS[row["when"]]}
-            axes.errorbar(at, mean, np.nan_to_num(half) if enough else 0.0, ms=4.5, lw=1, **look)
+            enough = row[f"{metric}.n"] >= MIN_SEEDS
+            look = marker_of(row["method"], enough) | {"fmt": MARKERS[row["when"]], "ms": 4.5, "lw": 1}
+            axes.errorbar(at, mean, np.nan_to_num(half) if enough else 0.0, **look)
         axes.set_xlabel(f"p·γ·ρ, relative to {reference}'s")
         axes.set_title(f"{METRICS[metric]}, difference to {baseline}", fontsize=9)
         axes.grid(color="0.92")

@@ -144,7 +144,7 @@ def test_tables_are_where_the_whole_ones_are_only_if_they_are_whole(tmp_path, mo
     assert not [*tmp_path.glob("outputs/digits*")]
 
 
-def test_a_recorded_run_counts_whatever_failed_here_before(again, run_script, capsys):
+def test_a_recorded_run_counts_whatever_failed_here_before(again, run_script):
     """In another attempt, say, that had no data."""
     run = next((again / "outputs").glob("digits*"))
     shutil.move(run / "result.json", run / "was.json")
