@@ -36,7 +36,7 @@ Pass = Literal["clean", "perturbed"]
 
 
 class RST(Joint):
-    """Randomized Sharpness-Aware Training around any base optimizer (arXiv 2203.09962, algorithm 1).
+    """Randomized Sharpness-Aware Training around any base optimizer (arXiv 2203.09962).
 
     Step t is a SAM step with probability p(t), else a plain one:
 

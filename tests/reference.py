@@ -1,4 +1,4 @@
-"""RST as the paper writes it (arXiv 2203.09962), slow and plain, to check `rst.RST` against.
+"""RST (arXiv 2203.09962) written out, slow and plain, to check `rst.RST` against.
 
 θ, ε, ∇L(θ) and ∇L(θ+ε) are separate lists of cloned tensors, one entry a parameter. A gradient that
 autograd did not produce is None. Meant for float64. Below it, the small problem that the tests train on.

@@ -6,6 +6,7 @@ import runpy
 import subprocess
 import tarfile
 from contextlib import nullcontext
+from functools import cache
 
 import pandas as pd
 import pytest
@@ -13,11 +14,14 @@ import torch
 from conftest import ROOT, interrupted_after
 from hydra import initialize_config_dir
 
+from rst import schedule
+from rst.experiments.cost import steps_per_epoch
 from rst.experiments.sweeps import gather
 from rst.reporting.claims import read_claims, tables_of_claims
 from rst.reporting.pages import page
 from rst.reporting.records import recorded_in
 from rst.reporting.tables import summarize, to_csv
+from rst.training.parts import optimizer_alone
 from rst.training.provenance import provenance
 
 CONF = ROOT / "conf"
@@ -53,11 +57,16 @@ def folder(tree, protocol):
 
 
 @pytest.fixture(scope="module")
-def tables(folder, protocol):
-    """The protocol's tables that have results, as conf/ defines them."""
+def gathered(folder, protocol):
+    """The protocol's tables that have results, and their runs by id, as conf/ defines them."""
     names = sorted(path.parent.name for path in folder.glob("*/table.csv"))
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        return gather(names, CONF, protocol, [])[0]
+        return gather(names, CONF, protocol, [])
+
+
+@pytest.fixture(scope="module")
+def tables(gathered):
+    return gathered[0]
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +157,21 @@ def test_the_readme_has_the_table_that_the_records_give(tree):
     assert f"<!-- table -->\n{table}\n<!-- end -->" in (tree / "README.md").read_text()
 
 
-def test_the_propagation_count_is_the_coins(records):
+def test_the_sam_steps_are_those_of_each_runs_own_coin(records, gathered, monkeypatch):
+    monkeypatch.setattr(schedule, "uniform", cache(schedule.uniform))
+    for run in records.runs.to_dict("records"):
+        config = gathered[1][run["id"]].run.config
+        optimizer = optimizer_alone(config, steps_per_epoch(config))
+        if optimizer.expected_propagations is None:
+            continue  # of AE-SAM, which decides by its gradients
+        is_sam_step = schedule.decider(
+            optimizer.sampling, optimizer.schedule, optimizer.total_steps, run["seed"]
+        )
+        assert run["steps"] == optimizer.total_steps
+        assert run["sam_steps"] == sum(map(is_sam_step, range(run["steps"]))), run["id"]
+
+
+def test_the_propagation_count_is_as_expected(records):
     """Within 4 standard deviations of its closed form, for every run."""
     runs = records.runs
     if runs.empty:
@@ -163,17 +186,24 @@ def test_the_propagation_count_is_the_coins(records):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("protocol", "method", "epochs"), [("quick", "grst", None), ("cpu", "sgd", 5)], indirect=["protocol"]
+    ("protocol", "method", "epochs"),
+    [("quick", "grst", None), ("cpu", "sgd", 5), ("folds", "sam", 1)],
+    indirect=["protocol"],
 )
 def test_a_recorded_run_repeats(protocol, method, epochs, records, tmp_path, run_script):
     """A run by its recorded command, or its first epochs: to the last digit where PyTorch and the CPU are
-    those that made the record."""
+    those that made the record; of such records, if there are any."""
+    made_with = provenance(torch.device("cpu"))
     runs = records.runs
-    validating = runs["command"].str.contains("validation=true")
-    recorded = runs[(runs["choices.method"] == method) & (runs["seed"] == 0) & ~validating].iloc[0]
+    runs = runs[(runs["choices.method"] == method) & (runs["seed"] == 3)]
+    runs = runs[~runs["command"].str.contains("validation=true")]
+    alike = (runs["versions.torch"] == made_with["versions"]["torch"]) & (
+        runs["device_name"] == made_with["device_name"]
+    )
+    recorded = (runs[alike] if alike.any() else runs).iloc[0]
     words = recorded["command"].split()
     assert words[:2] == ["python", "train.py"]
-    if protocol == "cpu":
+    if protocol != "quick":
         archive = ROOT.parent / "shared" / "data" / "cifar10-jpeg.tar.gz"
         if not (ROOT / "data" / "cifar10").is_dir() and not archive.is_file():
             pytest.skip(f"needs CIFAR-10 as JPEG files, in data/cifar10 or {archive}")
@@ -188,9 +218,7 @@ def test_a_recorded_run_repeats(protocol, method, epochs, records, tmp_path, run
     curve = curve.reset_index(drop=True)[: len(metrics)]
     assert len(metrics) == (epochs or recorded["epochs"])
     assert epochs or pd.notna(metrics["test_accuracy"].iloc[-1])
-    made_with = provenance(torch.device("cpu"))
-    same = made_with["versions"]["torch"], made_with["device_name"]
-    if same == (recorded["versions.torch"], recorded["device_name"]):
+    if alike.any():
         pd.testing.assert_frame_equal(metrics, curve, check_exact=True)
     else:
         assert (metrics["propagations"] == curve["propagations"]).all()  # the coins are the same everywhere

@@ -1,6 +1,7 @@
 """The rivals: each against a twin that keeps all its vectors, in its limits, resumed, scaled and misused."""
 
 import copy
+import inspect
 import math
 import re
 from types import SimpleNamespace
@@ -38,16 +39,17 @@ from rst import (
     uniform,
 )
 
-T, RHO = 20, 0.3
+T, RHO, SEED = 20, 0.3, 3
+COIN = {"total_steps": T, "rho": RHO, "seed": SEED}
 RIVALS = {
     "looksam": lambda base, **o: LookSAM(base, schedule=Periodic(3), total_steps=T, rho=RHO, alpha=0.7, **o),
-    "rst-look": lambda base, **o: LookSAM(base, schedule=0.4, total_steps=T, rho=RHO, alpha=0.7, **o),
-    "vsam": lambda base, **o: VSAM(base, schedule=0.4, total_steps=T, rho=RHO, **o),
+    "rst-look": lambda base, **o: LookSAM(base, schedule=0.4, alpha=0.7, **COIN, **o),
+    "vsam": lambda base, **o: VSAM(base, schedule=0.4, **COIN, **o),
     "aesam": lambda base, **o: AESAM(base, total_steps=T, rho=RHO, **o),
     "aelooksam": lambda base, **o: AESAM(base, total_steps=T, rho=RHO, reuse=True, alpha=0.7, **o),
     "msam": lambda base, **o: MomentumSAM(base, total_steps=T, rho=RHO, **o),
     "stale": lambda base, **o: StaleAscent(base, total_steps=T, rho=RHO, **o),
-    "partial": lambda base, **o: PartialAscent(base, schedule=0.6, total_steps=T, rho=RHO, fraction=0.5, **o),
+    "partial": lambda base, **o: PartialAscent(base, schedule=0.6, fraction=0.5, **COIN, **o),
 }
 every_rival = pytest.mark.parametrize("name", RIVALS)
 
@@ -154,7 +156,7 @@ def partial(at, sam):
 
 
 def coin(at, p):
-    return uniform(0, at.t) < p
+    return uniform(SEED, at.t) < p
 
 
 TWINS = {
@@ -200,6 +202,16 @@ def test_twin(name, way):
     assert optimizer.sam_steps == (
         0 if name in ("msam", "stale") else round((cost - T) / (0.5 if name == "partial" else 1))
     )
+
+
+@every_rival
+def test_the_options_of_rst_reach_the_rule(name):
+    rule = RIVALS[name](sgd(network().parameters()))
+    options = {"adaptive": True, "sampling": "systematic", "sync_perturbation": True}
+    taken = options.keys() & inspect.signature(type(rule)).parameters.keys()
+    rule = RIVALS[name](sgd(network().parameters()), **{option: options[option] for option in taken})
+    assert {option: getattr(rule, option) for option in taken} == {option: options[option] for option in taken}
+    assert taken or name == "msam"
 
 
 PLAIN = {"schedule": 0.0, "total_steps": T, "rho": RHO}

@@ -185,6 +185,11 @@ def test_the_coin_is_part_of_every_record():
     ]
 
 
+def test_the_offset_is_part_of_every_record():
+    decide = Systematic(Constant(0.3), 20, seed=0)
+    assert [t for t in range(20) if decide(t)] == [1, 4, 8, 11, 14, 18]
+
+
 def test_sam_steps_of_a_smaller_p_are_a_subset():
     def sam_steps(p):
         return {t for t in range(2000) if uniform(3, t) < Constant(p)(t, 2000)}

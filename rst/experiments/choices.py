@@ -1,4 +1,4 @@
-"""What the chosen options mean together: the paper's recipe for them, and contradictions."""
+"""What the chosen options mean together: the authors' recipe for them, and contradictions."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,12 +7,12 @@ from omegaconf import OmegaConf
 
 from rst.training.settings import Settings, read_settings
 
-# The models of the paper's recipes, by the beginnings of their names.
+# The models of the authors' recipes, by the beginnings of their names.
 CIFAR_CNNS = ("resnet18", "resnet34", "resnet50", "resnet101", "wrn", "vgg", "pyramidnet")
 IMAGENET_FAMILIES = {"resnet18": "resnet", "resnet34": "resnet", "resnet50": "resnet", "resnet101": "resnet"}
 IMAGENET_FAMILIES |= {"vgg16_bn": "vgg", "vgg19_bn": "vgg"}
 
-# The protocols that train by the paper's recipes.
+# The protocols that train by the authors' recipes.
 WITH_RECIPES = ("paper", "gpu")
 
 # The schedule is part of what these methods are: p(t) is this number.
@@ -22,7 +22,7 @@ NO_SCHEDULE = ("aesam", "aelooksam", "msam", "stale")
 
 
 def recipe(protocol: str | None, dataset: str, model: str, augment: str) -> str:
-    """The option of conf/recipe for these choices: a column of the paper's table of recipes, or "none"."""
+    """The option of conf/recipe for these choices: one of the authors' recipes, or "none"."""
     if protocol not in WITH_RECIPES:
         return "none"
     if dataset == "imagenet":

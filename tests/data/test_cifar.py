@@ -17,6 +17,7 @@ from torchvision import datasets
 
 from rst import data
 from rst.data import cifar
+from rst.data.images import restrict, with_noise
 
 
 class QuietHandler(SimpleHTTPRequestHandler):
@@ -89,6 +90,14 @@ def test_cifar10_train_size_is_stratified(cifar10_root: Path) -> None:
     assert max(loaded.train_images[:, 0, 0, 0].tolist()) < 90
     with pytest.raises(ValueError, match=r"train_size must be 100 .* from 10 to 90 .* got 95"):
         data.cifar10(str(cifar10_root), train_size=95)
+
+
+def test_cifar10_in_parts_with_random_labels(cifar10_root: Path) -> None:
+    whole = data.cifar10(str(cifar10_root))
+    loaded = data.cifar10(str(cifar10_root), fold=1, folds=5, label_noise=0.5)
+    part = with_noise(restrict(whole, None, False, 0, fold=1, folds=5), 0.5, 0, 1)
+    assert torch.equal(loaded.train_images, part.train_images)
+    assert torch.equal(loaded.train_labels, part.train_labels)
 
 
 def test_cifar100_takes_the_fine_labels(cifar100_root: Path) -> None:

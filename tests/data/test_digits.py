@@ -9,6 +9,7 @@ from sklearn.datasets import load_digits
 
 from rst import data
 from rst.data import ImageData
+from rst.data.images import part_of
 
 
 def rows(images: torch.Tensor) -> set[bytes]:
@@ -55,6 +56,7 @@ def test_draws_never_change() -> None:
     assert digest(data.digits(validation=True, seed=1).test_images) == "95873b15a4d3eb5b"
     assert digest(data.digits(train_size=100, seed=1).train_images) == "74d98ab765f5470b"
     assert digest(data.digits(label_noise=0.4, seed=1).train_labels) == "fbaaf741e427d2a2"
+    assert digest(part_of(data.digits().train_labels, fold=2, folds=10, seed=0)) == "f60f89f2bd143548"
 
 
 def test_mean_and_std_are_of_the_training_images() -> None:

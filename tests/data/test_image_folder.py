@@ -14,7 +14,7 @@ from PIL import Image
 
 from rst import data
 from rst.data.image_files import ImageFiles
-from rst.data.images import ImageData
+from rst.data.images import ImageData, restrict, with_noise
 
 CLASSES = ("cat", "dog")
 
@@ -120,6 +120,17 @@ def test_validation_and_train_size_are_stratified_and_seeded(tmp_path: Path) -> 
     assert not torch.equal(loaded.test_images, other.test_images)
     with pytest.raises(ValueError, match=r"train_size must be 100 .* from 2 to 98 .* got 99"):
         data.image_folder(str(tmp_path), train_size=99)
+
+
+def test_parts_and_random_labels(tmp_path: Path) -> None:
+    make(tmp_path, n_train=50)
+    whole = data.image_folder(str(tmp_path))
+    for fold in (1, 2):
+        loaded = data.image_folder(str(tmp_path), fold=fold, folds=4, label_noise=0.4, seed=1)
+        part = with_noise(restrict(whole, None, False, 1, fold=fold, folds=4), 0.4, 1, fold)
+        assert torch.equal(loaded.train_images, part.train_images)
+        assert torch.equal(loaded.train_labels, part.train_labels)
+        assert torch.equal(loaded.test_labels, whole.test_labels)
 
 
 def test_grey_images_have_one_channel_unless_one_is_not_grey(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from rst.models.resnet import BasicBlock, Bottleneck
 from rst.models.shake_shake import ShakeShakeBlock
 from rst.models.wide_resnet import WideBlock
 
-# At 3 channels and 10 classes: the paper's own figures, and at the end those of networks that it lacks, which
+# At 3 channels and 10 classes: those of the authors' definitions, and at the end those of networks that they lack, which
 # `test_networks_that_the_paper_lacks_have_the_parameters_of_their_definition` derives.
 PARAMETERS = {
     "wrn16_4": 2_706_906,
@@ -116,7 +116,7 @@ def vgg_parameters(convolutions: Sequence[int]) -> int:
 
 
 def test_networks_that_the_paper_lacks_have_the_parameters_of_their_definition() -> None:
-    """And the same definitions give the paper's own figures for those that it has."""
+    """And the same definitions give the numbers of those that it has."""
     deeper = {"width": 64, "stem": 16, "plain": False}
     counted = {
         "cifar_resnet18": resnet_parameters((2, 2, 2, 2), bottleneck=False, **deeper),

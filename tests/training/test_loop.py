@@ -233,12 +233,23 @@ def test_resuming_anywhere_continues_bit_for_bit(
         file = io.BytesIO()
         torch.save(run.state_dict(), file)
         file.seek(0)
+        saved = torch.load(file, weights_only=True)
         run = start()
         torch.manual_seed(99)  # the state of the global generator does not matter
-        run.load_state_dict(torch.load(file, weights_only=True))
+        run.load_state_dict(saved)
+        assert run.state_dict()["epoch"]["seconds"] >= saved["epoch"]["seconds"]
     list(run.run())
     assert_equal_state(run.state_dict(), whole.state_dict())
     assert [metrics["epoch"] for metrics in run.metrics] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("method", ["vsam", "aelooksam"])
+def test_a_rule_in_which_the_loss_scale_does_not_cancel_knows_it(method):
+    model = some_model()
+    optimizer = RIVALS[method](torch.optim.SGD(model.parameters(), lr=0.1), total_steps=10, module=model)
+    arguments = {"epochs": 1, "batch_size": BATCH, "seed": 0, "clip_norm": CLIP}
+    run = Training(model, optimizer, cosine, some_data(), Augment(), precision="fp16", **arguments)
+    assert run.optimizer.scaler is run.scaler
 
 
 def test_a_run_does_not_go_on_with_other_data():
