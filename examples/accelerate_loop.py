@@ -26,16 +26,17 @@ def main(checkpoint: str) -> None:
     data = TensorDataset(x, y)
     model = nn.Sequential(nn.Linear(20, 64), nn.BatchNorm1d(64), nn.ReLU(), nn.Linear(64, 4))
     loader = DataLoader(data, batch_size=64, shuffle=True)
-    model, loader = accelerator.prepare(model, loader)
-
+    loader = accelerator.prepare(loader)  # first, as each process has its share of the steps
     optimizer = RST(
         torch.optim.AdamW(model.parameters(), lr=1e-2),
         schedule=Linear(0.0, 1.0),
         total_steps=EPOCHS * len(loader),
         rho=0.05,
-        module=model,  # as Accelerate wrapped it
     )
-    prepared = accelerator.prepare(optimizer)  # has step() and zero_grad(), not passes()
+    model, prepared = accelerator.prepare(
+        model, optimizer
+    )  # prepared has step() and zero_grad(), not passes()
+    optimizer.module = model  # now it is wrapped
     for _ in range(EPOCHS):
         for inputs, labels in loader:
             micro_batches = list(zip(inputs.chunk(MICRO_BATCHES), labels.chunk(MICRO_BATCHES), strict=True))

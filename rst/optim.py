@@ -22,12 +22,14 @@ from rst.passes import (
     devices_of,
     gradients_kept,
     mixed,
+    parameters_of_others,
     random_state,
     require_gradients,
+    require_same_coins,
     set_random_state,
     true_gradient,
 )
-from rst.perturbation import Perturbation, total_norm
+from rst.perturbation import Perturbation, check_rho, total_norm
 from rst.schedule import Constant, Sampling, Schedule, decider, matched_gamma
 from rst.schedule import expected_propagations as expectation_of
 from rst.schedule import propagations_std as std_of
@@ -84,7 +86,8 @@ class RST(Joint):
         sampling: "independent" throws a coin at each step; "systematic" spreads the SAM steps evenly at the
             same p(t), so that their number is within 1 of Σ p(t), see `rst.schedule.Systematic`.
         module: the model, wrapped in DistributedDataParallel where it is, for its buffers, its
-            `true_gradient` attributes and its `no_sync`. Without it, buffers move in both passes.
+            `true_gradient` attributes and its `no_sync`. Without it, buffers move in both passes, and
+            parameters that belong to another optimizer get the gradients of both.
         seed: of the coin; the same on every rank.
 
     Raises:
@@ -121,13 +124,12 @@ class RST(Joint):
             raise TypeError(
                 f"schedule must be a number or a schedule such as Linear(0.0, 1.0), got {schedule!r}"
             )
-        _check_rho(rho)
-        check_module(module)
+        check_rho(rho)
         bases: Any = base if isinstance(base, list | tuple) else [base]
         super().__init__(bases, {"rho": rho})
         self.rho = rho
         for _, of_group in self._groups():
-            _check_rho(of_group)
+            check_rho(of_group)
         self.schedule: Schedule = schedule if callable(schedule) else Constant(float(schedule))
         if gamma == "matched":
             gamma = matched_gamma(self.schedule, total_steps)
@@ -149,6 +151,16 @@ class RST(Joint):
         self._perturbation = Perturbation()
         self._loop: weakref.ref[Any] | None = None
         self._spent = Spent()
+
+    @property
+    def module(self) -> nn.Module | None:
+        """To be set anew where the model is wrapped after RST was made."""
+        return self._module
+
+    @module.setter
+    def module(self, module: nn.Module | None) -> None:
+        check_module(module)
+        self._module, self._ranks_agree = module, False
 
     @property
     def expected_propagations(self) -> float | None:
@@ -174,7 +186,8 @@ class RST(Joint):
         not count.
 
         Raises:
-            ValueError: past `total_steps`, or where the schedule gives no probability.
+            ValueError: past `total_steps`, where the schedule gives no probability, and where the ranks under
+                DistributedDataParallel have different coins.
             RuntimeError: where `.grad` holds gradients that this step would lose: of a step that was not
                 taken, or of a `backward()` outside the loop; and for a body that leaves no gradients.
         """
@@ -230,8 +243,11 @@ class RST(Joint):
         self.has_gradient = False
 
     def _passes(self) -> Generator[Pass, None, None]:
+        if not self._ranks_agree:
+            require_same_coins(self.module, (self.seed, self.total_steps, self.sampling))
+            self._ranks_agree = True
         is_sam = self._decide()
-        self._refuse_to_drop_gradients()
+        self._spent.refuse_to_drop(self._gradients(), self.has_gradient)
         self.zero_grad()
         try:
             if is_sam:
@@ -252,7 +268,7 @@ class RST(Joint):
         """The passes of a SAM step. Returns whether it was one after all, see `_confirm`."""
         module: Any = self.module
         before = random_state(devices_of(self._parameters(), module))
-        others = self._parameters_of_others()
+        others = parameters_of_others(module, [p for group in self.param_groups for p in group["params"]])
         is_local = not self.sync_perturbation and can_skip_averaging(module, self._parameters(), bool(others))
         shake = true_gradient(None if self.decides_late else module)
         with shake, module.no_sync() if is_local else nullcontext():
@@ -302,23 +318,6 @@ class RST(Joint):
         """Propagations of a step."""
         return 1 + is_sam
 
-    def _refuse_to_drop_gradients(self) -> None:
-        """After a step all are spent. These checks wait for the device, so only where some are not."""
-        grads = self._spent.leave_out(self._gradients())
-        if not grads:
-            return
-        norm = total_norm(grads)  # on every rank the same
-        if self.has_gradient and norm.isfinite():  # else GradScaler has skipped the step
-            raise RuntimeError(
-                "passes() was called again before step(): to accumulate gradients, loop over the "
-                "micro-batches within one loop over passes(); to leave a step out, call zero_grad()"
-            )
-        if not self.has_gradient and norm != 0:
-            raise RuntimeError(
-                "passes() would drop the gradients of a backward() outside it: call backward() in the loop "
-                "over passes(), also to accumulate micro-batches, or drop them by zero_grad()"
-            )
-
     def _groups(self) -> Iterator[tuple[list[Tensor], float]]:
         """Each group's parameters and ρ."""
         for base in self.bases:
@@ -326,19 +325,12 @@ class RST(Joint):
                 rho = self.rho if "rho" in base.defaults else group.get("rho", self.rho)
                 yield group["params"], rho
 
-    def _parameters_of_others(self) -> list[Tensor]:
-        """The module's that are in no base, for some optimizer that RST does not know."""
-        if self.module is None:
-            return []
-        own = {id(p) for group in self.param_groups for p in group["params"]}
-        return [p for p in self.module.parameters() if p.requires_grad and id(p) not in own]
-
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_loop": None, "_perturbation": Perturbation(), "_spent": Spent()}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         if hasattr(self, "rho"):
-            _check_rho(param_group.get("rho", self.rho))
+            check_rho(param_group.get("rho", self.rho))
         super().add_param_group(param_group)
 
     def extra_state(self) -> dict[str, Any]:
@@ -347,7 +339,7 @@ class RST(Joint):
         if self.sampling == "systematic":
             schedule += ", sampled systematically"
         saved = {name: getattr(self, name) for name in self.SAVED}
-        return {**saved, "seed": self.seed, "total_steps": self.total_steps, "schedule": schedule}
+        return {**saved, "seed": int(self.seed), "total_steps": int(self.total_steps), "schedule": schedule}
 
     def load_extra_state(self, saved: dict[str, Any]) -> None:
         """Warns where the state was saved by a run of another seed, schedule or total_steps."""
@@ -357,8 +349,3 @@ class RST(Joint):
             elif saved[name] != value:
                 warnings.warn(f"the saved run had {name}={saved[name]}, this one has {value}", stacklevel=3)
         self.has_gradient = False
-
-
-def _check_rho(rho: float) -> None:
-    if not isinstance(rho, float | Real) or not 0 <= rho < math.inf:
-        raise ValueError(f"rho must be a finite number of at least 0, got {rho!r}")

@@ -1,6 +1,7 @@
 """What the two passes of a SAM step must share, and what only the clean one may change."""
 
 import warnings
+import zlib
 from collections.abc import Iterable, Iterator, MutableMapping
 from contextlib import contextmanager
 from typing import Any
@@ -9,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.graph import register_multi_grad_hook
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from rst.perturbation import divide, is_sharded, local, total_norm
@@ -187,6 +189,42 @@ class Spent:
         """Of `grads`, those that no step has used, or that were added to since."""
         return [grad for grad in grads if self._counts.get(grad) != versions_of(grad)]
 
+    def refuse_to_drop(self, grads: Iterable[Tensor], has_gradient: bool) -> None:
+        """Raises RuntimeError before a step that would lose some of `grads`.
+
+        Args:
+            has_gradient: whether they are those of a step that was not taken.
+        """
+        unused = self.leave_out(grads)
+        if not unused:  # after a step; what follows waits for the device
+            return
+        norm = total_norm(unused)  # on every rank the same
+        if has_gradient and norm.isfinite():  # else GradScaler has skipped the step
+            raise RuntimeError(
+                "passes() was called again before step(): to accumulate gradients, loop over the "
+                "micro-batches within one loop over passes(); to leave a step out, call zero_grad()"
+            )
+        if not has_gradient and norm != 0:
+            raise RuntimeError(
+                "passes() would drop the gradients of a backward() outside it: call backward() in the loop "
+                "over passes(), also to accumulate micro-batches, or drop them by zero_grad()"
+            )
+
+
+def require_same_coins(module: nn.Module | None, coin: tuple[object, ...]) -> None:
+    """Raises ValueError on all ranks of DistributedDataParallel if they do not have the same coin: each step
+    would then average gradients at θ with gradients at θ + ε."""
+    if not isinstance(module, DistributedDataParallel):
+        return
+    number = zlib.crc32(repr(coin).encode())
+    device = next(module.parameters()).device
+    largest = torch.tensor([number, -number], device=device)
+    dist.all_reduce(largest, dist.ReduceOp.MAX, group=module.process_group)
+    if largest.sum() != 0:
+        raise ValueError(
+            f"seed, total_steps and sampling must be the same on every rank; here they are {coin}"
+        )
+
 
 def can_skip_averaging(module: Any, parameters: Iterable[Tensor], has_others: bool) -> bool:
     """Whether `module.no_sync()` may leave the clean pass's gradients to each rank.
@@ -227,10 +265,20 @@ def check_module(module: nn.Module | None) -> None:
             raise ValueError("RST works with fully_shard (FSDP2), not with FullyShardedDataParallel (FSDP1)")
 
 
+def parameters_of_others(module: nn.Module | None, own: Iterable[Tensor]) -> list[Tensor]:
+    """Those of `module` that are to be trained, and are not `own`."""
+    if module is None:
+        return []
+    ids = set(map(id, own))
+    return [p for p in module.parameters() if p.requires_grad and id(p) not in ids]
+
+
 def devices_of(parameters: Iterable[Tensor], module: Any) -> set[torch.device]:
-    """Where a pass computes: where the parameters are, and `nn.DataParallel`'s replicas of them."""
+    """Where a pass computes: where `parameters` and those of `module` are, frozen ones too, and
+    `nn.DataParallel`'s replicas of them."""
     replicas = getattr(module, "device_ids", None) or ()
-    return {p.device for p in parameters} | {torch.device(device) for device in replicas}
+    of_module = () if module is None else module.parameters()
+    return {p.device for p in (*parameters, *of_module)} | {torch.device(device) for device in replicas}
 
 
 RandomState = dict[torch.device, Tensor]

@@ -1,7 +1,9 @@
 """Weights moved from θ to θ + ε and back."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from numbers import Real
 from operator import attrgetter
 from typing import Any
 
@@ -98,6 +100,11 @@ class Perturbation:
         if copy is None or (copy.shape, copy.dtype, copy.device) != (theta.shape, theta.dtype, theta.device):
             copy = self._copies[p] = torch.empty_like(theta)
         return copy
+
+
+def check_rho(rho: float) -> None:
+    if not isinstance(rho, float | Real) or not 0 <= rho < math.inf:
+        raise ValueError(f"rho must be a finite number of at least 0, got {rho!r}")
 
 
 def _may_swap(p: Tensor) -> bool:

@@ -307,17 +307,11 @@ class MomentumSAM(OnePass):
     ) -> None:
         super().__init__(base, everywhere(self, warmup_steps, schedule), total_steps, rho, module=module)
         if not any(group.get("momentum") for group in self.param_groups):
-            names = ", ".join(type(base).__name__ for base in self.bases)
-            raise ValueError(
-                f"MomentumSAM needs a base with a momentum buffer, and {names} has none: use "
-                "SGD(momentum=0.9), say"
-            )
+            raise ValueError("MomentumSAM needs a base with a momentum buffer: SGD(momentum=0.9), say")
 
     def _after_step(self) -> None:
         if all(self._direction(p) is None for p in self._parameters()):
-            raise RuntimeError(
-                "MomentumSAM finds no momentum_buffer in the base's state: use torch's SGD, say"
-            )
+            raise RuntimeError("MomentumSAM finds no momentum_buffer in the base's state: use torch's SGD")
 
     def _direction(self, p: Tensor) -> Tensor | None:
         return self.state[p].get("momentum_buffer") if p in self.state else None

@@ -78,6 +78,18 @@ def test_an_overflow_that_clipping_by_value_hides():
     assert optimizer.steps == 2
 
 
+def test_a_forward_that_returns_more_than_the_loss():
+    """As that of timm's script does since it has tasks."""
+    alone, with_more = network(torch.float32), network(torch.float32)
+    x = torch.ones(2, 6)
+    torch.manual_seed(0)
+    LossScaler("cpu")(lambda: alone(x).sum(), create(alone, schedule=1.0))
+    torch.manual_seed(0)
+    loss, more = LossScaler("cpu")(lambda: (with_more(x).sum(), "more"), create(with_more, schedule=1.0))
+    assert loss.ndim == 0 and more == "more"
+    assert_same_bits(state(alone), state(with_more))
+
+
 def test_options_of_its_training_script():
     parser = argparse.ArgumentParser()
     parser.add_argument("--opt-kwargs", nargs="*", action=ParseKwargs, default={})

@@ -71,6 +71,15 @@ REFUSED = {
 }
 
 
+def test_a_module_that_is_refused_is_refused_when_it_is_set_later():
+    class FullyShardedDataParallel(nn.Linear):
+        """FSDP1, by its name."""
+
+    optimizer = RST(sgd(weights()), 0.5, 10)
+    with pytest.raises(ValueError, match="fully_shard"):
+        optimizer.module = FullyShardedDataParallel(1, 1)
+
+
 @pytest.mark.parametrize("case", REFUSED)
 def test_refused_at_construction(case):
     make, error, words = REFUSED[case]

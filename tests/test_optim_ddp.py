@@ -151,11 +151,12 @@ def refusals(rank):
     """What is refused, with the message, and whether the weights are where they were."""
     x, y = shard(0, rank, RANKS)
 
-    def attempt(zeroing=False, all_parameters=True, **options):
+    def attempt(zeroing=False, all_parameters=True, seed=0, **options):
         model = build("refused")
         ddp = DistributedDataParallel(model, **options)
         params = list(model.parameters())
-        optimizer = RST(sgd(params if all_parameters else params[:2]), 1.0, 10, module=ddp, gamma=0.5)
+        own = sgd(params if all_parameters else params[:2])
+        optimizer = RST(own, 1.0, 10, module=ddp, gamma=0.5, seed=seed)
 
         def closure():
             if zeroing:
@@ -173,6 +174,7 @@ def refusals(rank):
         "zeroed": attempt(zeroing=True),
         "static_graph": attempt(static_graph=True),
         "others": attempt(all_parameters=False),
+        "seeds": attempt(seed=rank),
     }
 
 
@@ -295,6 +297,7 @@ def test_buffers_are_those_of_a_plain_step(sync_perturbation, trained):
 
 def test_what_is_refused(trained):
     words = {"zeroed": "zero_grad", "static_graph": "static_graph=False", "others": "trainable parameters"}
+    words |= {"seeds": "the same on every rank"}
     for result in trained:
         assert result["refusals"].keys() == words.keys()
         for case, message in result["refusals"].items():

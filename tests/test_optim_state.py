@@ -4,6 +4,7 @@ import copy
 import pickle
 import warnings
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
@@ -213,6 +214,12 @@ def test_resuming_the_same_run_does_not_warn():
                 RST(sgd(network().parameters()), p() if p is schedule else p, 40) for _ in range(2)
             )
             resumed.load_state_dict(saved.state_dict())
+
+
+def test_a_state_with_numpy_s_integers_can_be_loaded(tmp_path):
+    optimizer = RST(sgd(network().parameters()), 0.5, total_steps=np.int64(40), seed=np.int64(1))
+    torch.save(optimizer.state_dict(), tmp_path / "state.pt")
+    optimizer.load_state_dict(torch.load(tmp_path / "state.pt"))
 
 
 def test_pickle():

@@ -8,7 +8,6 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from rst.optim import RST
-from rst.passes import check_module
 
 
 class RSTCallback(Callback):
@@ -53,10 +52,8 @@ class RSTCallback(Callback):
         if trainer.strategy.handles_gradient_accumulation:
             name = type(trainer.strategy).__name__
             raise ValueError(f"RST does not work with {name}: use 'ddp' or ModelParallelStrategy")
-        model = trainer.strategy.model
-        check_module(model)
         for optimizer in optimizers:
-            optimizer.module = model
+            optimizer.module = trainer.strategy.model
             self._replace(optimizer, "step", _without_passes(optimizer.step))
         if pl_module.automatic_optimization:
             step = partial(_after_passes, pl_module, pl_module.optimizer_step)

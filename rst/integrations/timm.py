@@ -55,7 +55,8 @@ class LossScaler(NativeScaler):
         loss = loss_scaler(_forward, optimizer, clip_grad=args.clip_grad, parameters=model_parameters(model))
 
     It calls the function once or twice, unscales and clips the step's gradient, makes the step and returns
-    the loss of the clean pass.
+    what the function returned in the clean pass. In the script of newer versions that is `_loss, result`;
+    of a tuple, the first is the loss.
 
     Args:
         device: type of the device.
@@ -72,14 +73,14 @@ class LossScaler(NativeScaler):
 
     def __call__(
         self,
-        loss: Callable[[], Tensor],
+        loss: Callable[[], Any],
         optimizer: RST,
         clip_grad: float | None = None,
         clip_mode: str = "norm",
         parameters: Iterable[Tensor] | None = None,
         create_graph: bool = False,
         need_update: bool = True,
-    ) -> Tensor:
+    ) -> Any:
         if not callable(loss):
             raise TypeError("RST may need the loss twice: pass the function that computes it, _forward")
         if not need_update:
@@ -87,10 +88,11 @@ class LossScaler(NativeScaler):
         if optimizer.module is None:
             raise ValueError("set optimizer.module = model, after the model was wrapped")
 
-        def closure() -> Tensor:
+        def closure() -> Any:
             value = loss()
-            self._scaler.scale(value).backward(create_graph=create_graph)
-            return value.detach()
+            of_batch = value[0] if isinstance(value, tuple) else value
+            self._scaler.scale(of_batch).backward(create_graph=create_graph)
+            return value
 
         value = optimizer.gradient(closure)
         if clip_grad is not None:

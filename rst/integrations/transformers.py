@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 
 from rst.optim import RST
-from rst.passes import check_module
 
 
 class RSTMixin:
@@ -66,7 +65,6 @@ class RSTMixin:
         micro_batches, self._micro_batches = self._micro_batches, []
         optimizer = _unwrapped(self.optimizer)
         if optimizer.module is not model:  # now it is wrapped
-            check_module(model)
             optimizer.module = model
         step = super().training_step  # type: ignore[misc]
 
