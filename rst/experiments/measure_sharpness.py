@@ -1,4 +1,4 @@
-"""How sharp the minima are that finished runs ended in, from the files in their folders."""
+"""Measures the sharpness of finished runs from the files in their folders."""
 
 import json
 import time

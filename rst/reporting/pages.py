@@ -46,9 +46,8 @@ MATRIX = (
     "difference to {reference}, paired by {unit}, whose 95 % t-interval excludes 0, not corrected for the "
     "number of comparisons."
 )
-READING_DETAILS = (
-    "Interval: 95 % t-interval of the mean. The best epoch's error is too low: {split} data chose it."
-)
+READING_DETAILS = "Interval: 95 % t-interval of the mean."
+READING_BEST_EPOCH = "The best epoch's error is too low: {split} data chose it."
 READING_SHARPNESS = (
     "L(θ): mean cross entropy on training images without augmentation, with the network in evaluation mode. "
     "λ_max: largest eigenvalue of its Hessian, comparable only at similar L(θ). L(θ + ε) − L(θ): increase by "
@@ -95,7 +94,8 @@ def page(summaries: Sequence[Summary], figures: Collection[str]) -> str:
         parts += [f"## Details{f': {summary.name}' * several}", *images(summary, FIGURES)]
         if summary.metrics is None:
             shown = _details(summary)
-            parts += [pipes(cells(summary, shown)), _worded(READING_DETAILS, summary)]
+            notes = [READING_DETAILS] + [_worded(READING_BEST_EPOCH, summary)] * ("best_epoch" in shown)
+            parts += [pipes(cells(summary, shown)), " ".join(notes)]
             parts += [READING_SHARPNESS] * (SHARPNESS[0] in shown)
         commands = zip(summary.frame["label"], summary.frame["command"], strict=True)
         parts += [pipes([{"Method": label, "Command": f"`{command}`"} for label, command in commands])]
@@ -245,9 +245,13 @@ def _matrix(summaries: Sequence[Summary]) -> list[dict[str, str]]:
 
 
 def _details(summary: Summary) -> list[str]:
-    """Those of `DETAILS` that were measured of any row, where older records may lack them."""
-    later = {*SHARPNESS, "calibrated_test_loss"}
-    return [name for name in DETAILS if name not in later or summary.frame[f"{name}.n"].any()]
+    """Those of `DETAILS` that were measured of any row, where older records may lack them; the best epoch
+    where there is more than the last."""
+    frame, later = summary.frame, {*SHARPNESS, "calibrated_test_loss"}
+    shown = [name for name in DETAILS if name not in later or frame[f"{name}.n"].any()]
+    if frame["best_epoch_error.mean"].equals(frame["test_error.mean"]):
+        shown.remove("best_epoch")
+    return shown
 
 
 def _remarks(summary: Summary) -> list[str]:

@@ -17,7 +17,7 @@ TEXT = ("commit", "host", "ranks", "versions.python", "versions.torch", "version
 CURVES = ("id", "epoch", "propagations", "train_loss", "train_accuracy", "test_loss", "test_accuracy")
 SHARPNESS = ("loss", "lambda_max", "in_ball", "along")  # see rst/reporting/sharpness.py
 # What sharpness.csv says of how it was measured; in `Records.joined` these are called sharpness.images etc.
-HOW_SHARP = ("images", "directions", "commit", "dirty", "versions.torch", "host", "device_name")
+HOW_SHARP = ("images", "directions", "rho", "commit", "dirty", "versions.torch", "host", "device_name")
 
 
 class Finished(NamedTuple):
@@ -50,12 +50,10 @@ def records_of(finished: Iterable[Finished]) -> Records:
     runs = [_flat(run.result) for run in finished]
     curves = [{"id": run.result["id"], **line} for run in finished for line in run.metrics]
     measured = [_flat(run.sharpness) for run in finished if run.sharpness]
-    for line in measured:
-        line["curve"] = " ".join(map(repr, line["curve"]))
     return Records(
         _frame(runs, [*dict.fromkeys(["id", "finished", "seed", *(name for line in runs for name in line)])]),
         _frame(curves, CURVES),
-        _frame(measured, ["id", "finished", "curve", *HOW_SHARP, "rho", *SHARPNESS]),
+        _frame(measured, ["id", "finished", *HOW_SHARP, *SHARPNESS]),
     )
 
 

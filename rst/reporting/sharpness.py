@@ -1,4 +1,4 @@
-"""How sharp the minimum is in which a run ended: three measures of the training loss around its weights.
+"""The sharpness of the minimum in which a run ended: three measures of the training loss around its weights.
 
 The loss L is the mean cross entropy, without L2, on images without augmentation, of the network in evaluation
 mode: BatchNorm normalises by its running statistics, dropout does nothing. So L is a function of θ alone, the
@@ -21,15 +21,13 @@ Batches = Sequence[tuple[Tensor, Tensor]]  # normalized images [B, C, H, W], lab
 
 TOLERANCE = 1e-5  # of λ_max, relative
 KRYLOV = 10  # vectors of Lanczos' before its first check: a few do, and each is a Hessian-vector product
-ALPHAS = tuple(round(-1 + 0.1 * i, 1) for i in range(21))  # distances along a direction
-NEAR = 0.5  # the distance at which a curve is summed up in one number
 DIRECTIONS = 3
 
 
 @dataclass(frozen=True)
 class Sharpness:
-    """`loss` is L(θ) in nats; `in_ball` L(θ + ε) − L(θ); `curve` L(θ + α·d) − L(θ) at each α of `ALPHAS`, the
-    mean over `DIRECTIONS` directions d; `along` the mean of its values at α = ± `NEAR`.
+    """`loss` is L(θ) in nats; `in_ball` L(θ + ε) − L(θ); `along` L(θ ± d/2) − L(θ), the mean over both signs
+    and `DIRECTIONS` directions d.
 
     λ_max and the ball depend on the scale of weights that a BatchNorm follows, which changes nothing of what
     the network computes; filter-normalised directions do not."""
@@ -38,7 +36,6 @@ class Sharpness:
     lambda_max: float
     in_ball: float
     along: float
-    curve: tuple[float, ...]
 
 
 def measure(model: nn.Module, batches: Batches, rho: float, seed: int = 0) -> Sharpness:
@@ -46,9 +43,8 @@ def measure(model: nn.Module, batches: Batches, rho: float, seed: int = 0) -> Sh
     still = copy.deepcopy(model).eval()
     loss = mean_loss(still, batches)
     in_ball = loss_in_ball(still, batches, rho) - loss
-    curve = (loss_curve(still, batches, seed) - loss).tolist()
-    along = (curve[ALPHAS.index(-NEAR)] + curve[ALPHAS.index(NEAR)]) / 2
-    return Sharpness(loss, lambda_max(still, batches), in_ball, along, tuple(curve))
+    along = float((losses_along(still, batches, seed) - loss).mean())
+    return Sharpness(loss, lambda_max(still, batches), in_ball, along)
 
 
 def mean_loss(model: nn.Module, batches: Batches) -> float:
@@ -88,17 +84,17 @@ def loss_in_ball(model: nn.Module, batches: Batches, rho: float) -> float:
         return mean_loss(model, batches)
 
 
-def loss_curve(model: nn.Module, batches: Batches, seed: int) -> np.ndarray:
-    """L(θ + α·d) at each α of `ALPHAS`, the mean over `DIRECTIONS` filter-normalised random directions d
-    (Li et al. 2018, §4): a Gaussian whose every filter (row of a weight of two or more dimensions) has the
-    norm of θ's, and which is 0 in biases and norm layers."""
+def losses_along(model: nn.Module, batches: Batches, seed: int) -> np.ndarray:
+    """L(θ − d/2) and L(θ + d/2), the mean over `DIRECTIONS` filter-normalised random directions d (Li et al.
+    2018, §4): a Gaussian whose every filter (row of a weight of two or more dimensions) has the norm of θ's,
+    and which is 0 in biases and norm layers."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     generator = torch.Generator().manual_seed(seed)
-    losses = np.empty((DIRECTIONS, len(ALPHAS)))
+    losses = np.empty((DIRECTIONS, 2))
     for line in losses:
         direction = [_filter_normalised(p.detach(), generator) for p in parameters]
-        for i, alpha in enumerate(ALPHAS):
-            with _moved(parameters, direction, alpha):
+        for i, distance in enumerate((-0.5, 0.5)):
+            with _moved(parameters, direction, distance):
                 line[i] = mean_loss(model, batches)
     return losses.mean(0)
 

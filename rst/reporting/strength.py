@@ -67,7 +67,7 @@ def figure(frame: pd.DataFrame, baseline: str, reference: str) -> Figure:
             enough = row[f"{metric}.n"] >= MIN_SEEDS
             look = marker_of(row["method"], enough) | {"fmt": MARKERS[row["when"]], "ms": 4.5, "lw": 1}
             axes.errorbar(at, mean, np.nan_to_num(half) if enough else 0.0, **look)
-        axes.set_xlabel(f"p·γ·ρ, relative to {reference}'s")
+        axes.set_xlabel(f"p·γ·ρ / {reference}'s (equal ones side by side)", fontsize=9)
         axes.set_title(f"{METRICS[metric]}, difference to {baseline}", fontsize=9)
         axes.grid(color="0.92")
         axes.set_axisbelow(True)

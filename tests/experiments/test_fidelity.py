@@ -113,8 +113,9 @@ def test_sharpness_is_measured_at_the_protocols_radius_whatever_the_methods(
     short = ["protocol=quick", "epochs=1", "model.width=4", "dataset.train_size=128", f"outputs={tmp_path}"]
     run_train(*short, "method=asam")
     (folder,) = tmp_path.glob("*asam*")
-    radii = []
+    measured = []
     for rho in (None, 0.02):
         measure(folder, images=40, rho=rho)
-        radii.append(json.loads((folder / "sharpness.json").read_text())["rho"])
-    assert radii == [0.1, 0.02]
+        measured.append(json.loads((folder / "sharpness.json").read_text()))
+    assert [one["rho"] for one in measured] == [0.1, 0.02]
+    assert measured[0]["in_ball"] > 2 * measured[1]["in_ball"]

@@ -30,6 +30,7 @@ def test_from_runs_to_the_table(tmp_path, run_script, capsys):
     files = [run / "sharpness.json" for run in runs]
     measured = [json.loads(file.read_text()) for file in files]
     assert [one["images"] for one in measured] == [40, 40] and all(one["lambda_max"] > 0 for one in measured)
+    assert measured[0]["loss"] != measured[1]["loss"]  # of trained weights: they began as the same
 
     before = [file.stat().st_mtime_ns for file in files]
     capsys.readouterr()
@@ -40,12 +41,12 @@ def test_from_runs_to_the_table(tmp_path, run_script, capsys):
     driver("--collect")
     page = (folder / "imagenet" / "README.md").read_text()
     assert page.count("not measured") == 4 * 2 and "| λ_max" in page
-    assert "- Sharpness: images 40, directions 3, commit " in page
+    assert "- Sharpness: images 40, directions 3, rho 0.1, commit " in page
     assert sorted(recorded_in(folder).sharpness["id"]) == sorted(one["id"] for one in measured)
     assert (folder / "imagenet" / "sharpness.png").exists()
     driver("--sharpness", "--collect")
     page = (folder / "imagenet" / "README.md").read_text()
-    assert "not measured" not in page and "- Sharpness: images 128, directions 3, commit " in page
+    assert "not measured" not in page and "- Sharpness: images 128, directions 3, rho 0.1, commit " in page
 
 
 def test_a_folder_without_a_result_is_refused(tmp_path):

@@ -62,7 +62,7 @@ def epochs(*errors):
 
 
 def sharpness(of, **changes):
-    values = {"loss": 0.1, "lambda_max": 40.0, "in_ball": 0.2, "along": 3.0, "curve": [1.0, 0.5], "rho": 0.1}
+    values = {"loss": 0.1, "lambda_max": 40.0, "in_ball": 0.2, "along": 3.0, "rho": 0.1}
     how = {"images": 500, "directions": 3, "versions": {"torch": "2.9.0"}, "commit": "abc1234"}
     return values | how | {"host": "box", "id": of["id"], "finished": of["finished"]} | changes
 
