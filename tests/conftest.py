@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from unittest import mock
@@ -73,6 +73,23 @@ def command(*arguments, **options):
 
 def train_command(*arguments, **options):
     return command(sys.executable, "train.py", *arguments, **options)
+
+
+@pytest.fixture
+def start_process():
+    """`subprocess.Popen` from the repository's root, in a process group that ends with the test."""
+    started = []
+
+    def start(arguments, **options):
+        arguments = list(map(str, arguments))
+        started.append(subprocess.Popen(arguments, cwd=ROOT, start_new_session=True, **options))
+        return started[-1]
+
+    yield start
+    for process in started:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 @contextmanager

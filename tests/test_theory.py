@@ -177,10 +177,34 @@ def test_the_pages_tables_follow_from_the_records():
 
 
 def test_the_recorded_strengths_agree_with_the_closed_form():
-    """Each of them, by a t-test over runs."""
+    """Each of them, by a t-test over runs; and the means under skewed noise lie on a line against pγρ."""
     results = page.recorded(RESULTS)["strength"]
     limit = stats.t.isf(FALSE_ALARM / 2, strength.CHAINS - 1)
-    for name in ("bias", "square"):
-        away = (results[name] - results[f"{name}_predicted"]).abs() / results[f"{name}_se"]
-        assert (away < limit).all()
-        assert (results["square"] < results["bound"]).all()
+    for row in page.rows_of(results):
+        setting = Setting(row.p, row.gamma, row.rho, row.noise)
+        bias, square = closed_form(setting, strength.ALPHA)
+        assert abs(row.bias - bias) < limit * row.bias_se
+        assert abs(row.square - square) < limit * row.square_se
+        assert row.square < row.bound
+    skewed = results[results["noise"] == "skewed"]
+    weights = skewed["strength"] / skewed["bias_se"] ** 2
+    precision = weights @ skewed["strength"]
+    error = 1 / math.sqrt(precision)
+    assert error < 0.005
+    assert weights @ skewed["bias"] / precision == pytest.approx(-1 / 3, abs=4 * error)
+
+
+def test_the_verdicts_of_the_page_follow_from_the_records():
+    records = page.recorded(RESULTS)
+    excess = {}  # of a constant ρ at the largest T, over the whole run, in standard errors
+    for p in ("constant", "rising", "falling"):
+        decaying, constant = (page.series(records["rate"], p, fixed) for fixed in (False, True))
+        assert -0.6 <= page.slope(decaying, "mean")[0] <= -0.4
+        a, b = decaying.iloc[-1], constant.iloc[-1]
+        excess[p] = (b["mean"] - a["mean"]) / math.hypot(a["mean_se"], b["mean_se"])
+        assert 3.5 < b["late"] / a["late"] < 9.5
+    assert excess["constant"] > 3 and excess["rising"] > 3 and abs(excess["falling"]) < 3
+    floors = records["floor"]
+    of_radius = floors[floors["strength"].round(3) == 0.05].groupby("rho")["floor"].mean()
+    assert of_radius[0.1] / of_radius[0.05] == pytest.approx(1.2, abs=0.1)  # 1.1 was allowed
+    assert of_radius[0.2] / of_radius[0.05] > 2

@@ -6,7 +6,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 
 import pandas as pd
 import pytest
@@ -209,25 +208,26 @@ def test_failed_runs_leave_the_others_alone_and_are_named(again, run_script, cap
     assert "failed" not in (results_of(again) / "imagenet" / "README.md").read_text().lower()
 
 
-def start(folder, *arguments):
-    arguments = [sys.executable, *map(str, script(folder, *arguments)), *SHORT]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(arguments, cwd=ROOT, env=environment, start_new_session=True, **pipes)
+@pytest.fixture
+def start(start_process):
+    def start(folder, *arguments):
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        return start_process([sys.executable, *script(folder, *arguments), *SHORT], env=environment, **pipes)
+
+    return start
 
 
 @pytest.mark.parametrize("how", ["killed", "Ctrl-C"])
-def test_a_driver_that_ends_early_loses_and_repeats_nothing(reproduced, tmp_path, how, run_script):
+def test_a_driver_that_ends_early_loses_and_repeats_nothing(reproduced, tmp_path, how, run_script, start):
     driver = start(tmp_path)
-    while not finished_runs(tmp_path):
-        assert driver.poll() is None, driver.communicate()
-        time.sleep(0.05)
+    wait_until(lambda: finished_runs(tmp_path), seconds=300)
     if how == "killed":
         driver.kill()
-        driver.communicate()  # ends when its processes, which hold its pipes, have ended too
+        driver.communicate(timeout=300)  # ends when its processes, which hold its pipes, have ended too
     else:
         os.killpg(driver.pid, signal.SIGINT)  # as a terminal does
-        printed, errors = driver.communicate()
+        printed, errors = driver.communicate(timeout=300)
         assert (driver.returncode, errors) == (130, "")
         assert "interrupted: repeat the command to resume\n" in printed
     kept = finished_runs(tmp_path)
@@ -236,7 +236,7 @@ def test_a_driver_that_ends_early_loses_and_repeats_nothing(reproduced, tmp_path
     pd.testing.assert_series_equal(losses(tmp_path), losses(reproduced[0]))
 
 
-def test_two_drivers_at_once_share_the_runs(reproduced, tmp_path):
+def test_two_drivers_at_once_share_the_runs(reproduced, tmp_path, start):
     drivers = [start(tmp_path, "--launcher", "basic") for _ in range(2)]
     outcomes = [driver.communicate(timeout=300) for driver in drivers]
     assert [driver.returncode for driver in drivers] == [0, 0], outcomes

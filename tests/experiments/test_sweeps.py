@@ -10,6 +10,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import open_dict
 
 from rst.experiments.command_line import describe
+from rst.experiments.driver import _radii
 from rst.experiments.sweeps import cells_of, expand, gather, options, read_table, split
 
 CONF = ROOT / "conf"
@@ -67,6 +68,12 @@ def test_a_run_of_several_tables_is_one_run():
 
 
 @pytest.mark.slow
+def test_the_sharpness_of_all_rows_is_measured_at_the_baselines_radius():
+    tables, cells = gather(["budget"], CONF, "quick", ["seed=0"])
+    assert {cell.run.config["rho"] for cell in cells.values()} == {0.05, 0.1}
+    assert _radii(tables, cells) == dict.fromkeys(cells, 0.1)
+
+
 @pytest.mark.parametrize("name", ["budget", "others", "precision"])
 def test_parts_of_the_data_as_units(name):
     """SGD and SAM have two seeds on a part; a column may have its own."""

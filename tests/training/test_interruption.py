@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, wait_until
+from conftest import wait_until
 
 from rst.training.interruption import SIGNALS, Interruption
 
@@ -51,7 +51,7 @@ def test_another_rank_was_told_to_end():
     assert ended.value.code == 128 + signal.SIGTERM
 
 
-def test_ctrl_c_after_another_signal_ends_the_process_within_a_long_operation():
+def test_ctrl_c_after_another_signal_ends_the_process_within_a_long_operation(start_process):
     """One of Python's own, in C, in which it runs no handlers; a repeated SIGTERM does not end it."""
     code = (
         "from rst.training.interruption import Interruption\n"
@@ -61,7 +61,7 @@ def test_ctrl_c_after_another_signal_ends_the_process_within_a_long_operation():
         "    print('noted', flush=True)\n"
         "    sum(range(10**10))"
     )
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    process = start_process([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "ready\n"
     process.send_signal(signal.SIGTERM)
     assert process.stdout.readline() == "noted\n"
@@ -87,14 +87,14 @@ def test_ignored_signals_stay_ignored():
 
 
 @pytest.mark.slow
-def test_a_run_ends_in_order_and_resumes(tmp_path, run_train):
+def test_a_run_ends_in_order_and_resumes(tmp_path, run_train, start_process):
     """Eight epochs of six steps of 0.3 s or so, with a checkpoint after each epoch."""
     size = ["batch_size=216", "model.width=32", "epochs=8", "checkpoint.every_epochs=1"]
     arguments = ["protocol=quick", "method=sam", *size, f"outputs={tmp_path}"]
-    process = subprocess.Popen(
-        [sys.executable, "train.py", *arguments], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    process = start_process(
+        [sys.executable, "train.py", *arguments], env=os.environ | {"OMP_NUM_THREADS": "1"}, **options
+    )
     wait_until(lambda: list(tmp_path.glob("*/checkpoint.pt")))
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=60)
