@@ -143,6 +143,20 @@ def _numbers_of(results, source):
     return line.tolist()
 
 
+def test_the_counts_of_verdicts_are_those_of_the_claims(tree):
+    results, seen = tree / "results", 0
+    for line in (results / "README.md").read_text().splitlines():
+        if counts := re.findall(r"(\d+) of (\d+) supported, (\d+|none) contradicted", line):
+            (folder,) = re.findall(r"\((\w+)/README.md\)", line)
+            families = (results / folder / "README.md").read_text().split("\n**")[1:]
+            for count, family in zip(counts, families, strict=False):
+                verdicts = re.findall(r"\| (supported|contradicted|undecided|partial) ", family)
+                n = verdicts.count("supported"), len(verdicts), verdicts.count("contradicted") or "none"
+                assert count == tuple(map(str, n)), line
+                seen += 1
+    assert seen >= 4
+
+
 def test_pages_link_to_what_is_there_and_the_first_to_every_table(tree):
     results = tree / "results"
     for path in results.rglob("*.md"):

@@ -197,15 +197,19 @@ def test_failed_runs_leave_the_others_alone_and_are_named(again, run_script, cap
         "sam": "the loss is not finite at step 3",
         "grst": "its process was killed",
     }
-    page = (results_of(again) / "imagenet" / "README.md").read_text()
+    path = results_of(again) / "imagenet" / "README.md"
+    page = path.read_text()
     assert len(re.findall(r"^\[.*\] imagenet / .*: FAILED: ", done.stdout, re.MULTILINE)) == 3
     for method, reason in reasons.items():
         assert re.search(rf"^failed: python train.py .*method={method}.*{reason}", done.stderr, re.MULTILINE)
         assert reason in page
     assert [path.parent.name.split("-")[3] for path in finished_runs(again)] == ["rst"]
+    run_script(*script(again, "--collect"), *SHORT)
+    assert path.read_text() == page  # not made of the records of when they had not failed
+    capsys.readouterr()
     run_script(*script(again, "--launcher", "basic"), *SHORT)  # without what made them fail
     assert "3 to do" in capsys.readouterr().out
-    assert "failed" not in (results_of(again) / "imagenet" / "README.md").read_text().lower()
+    assert "failed" not in path.read_text().lower()
 
 
 @pytest.fixture
