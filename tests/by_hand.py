@@ -1,7 +1,9 @@
 """What RST must arrive at in a framework, by a loop written by hand; and running examples."""
 
+import os
 import re
 import runpy
+import socket
 import sys
 from collections.abc import Callable, Iterable
 from contextlib import redirect_stdout
@@ -11,7 +13,9 @@ from unittest.mock import patch
 
 import reference
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 from rst.schedule import Schedule, uniform
 
@@ -71,6 +75,45 @@ def numbered_batches(count: int) -> list[tuple[int, Tensor, Tensor]]:
 
 def propagations(schedule: Schedule, steps: int) -> int:
     return steps + sum(uniform(0, t) < schedule(t, steps) for t in range(steps))
+
+
+def in_two_processes(work: Callable[..., None], *arguments: object) -> None:
+    """`work(*arguments)` in two processes that torchrun might have started."""
+    torch.multiprocessing.spawn(_as_rank, args=(free_port(), work, arguments), nprocs=2)
+
+
+def _as_rank(rank: int, port: int, work: Callable[..., None], arguments: tuple[object, ...]) -> None:
+    torch.set_num_threads(1)
+    os.environ |= as_rank(rank, 2, port)
+    work(*arguments)
+
+
+def as_rank(rank: int, ranks: int, port: int) -> dict[str, str]:
+    """What torchrun sets."""
+    values = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
+    return {name: str(value) for name, value in values.items()} | {
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": str(port),
+    }
+
+
+def free_port() -> int:
+    with socket.socket() as listening:
+        listening.bind(("localhost", 0))
+        port: int = listening.getsockname()[1]
+        return port
+
+
+class CountAveraging:
+    """How often DistributedDataParallel averages the gradients of `model`, which has a single bucket."""
+
+    def __init__(self, model: nn.parallel.DistributedDataParallel) -> None:
+        self.times = 0
+        model.register_comm_hook(None, self._hook)
+
+    def _hook(self, _: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+        self.times += 1
+        return allreduce_hook(None, bucket)
 
 
 def run_example(name: str, *arguments: object) -> list[float]:

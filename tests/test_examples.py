@@ -1,7 +1,6 @@
 """The examples that need no framework but timm. The others are in tests/frameworks."""
 
 import os
-import socket
 from unittest.mock import patch
 
 import by_hand
@@ -9,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from by_hand import run_example
+from by_hand import as_rank, free_port, in_two_processes, run_example
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from rst import Linear
@@ -59,19 +58,6 @@ def test_timm_script():
     assert accuracy > 0.5
 
 
-def as_rank(rank, ranks, port):
-    """What torchrun sets."""
-    values = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
-    values |= {"MASTER_ADDR": "localhost", "MASTER_PORT": port}
-    return {name: str(value) for name, value in values.items()}
-
-
-def free_port():
-    with socket.socket() as listening:
-        listening.bind(("localhost", 0))
-        return listening.getsockname()[1]
-
-
 def test_distributed_examples_in_one_process(tmp_path, monkeypatch):
     def run(*example):
         for name, value in as_rank(0, 1, free_port()).items():
@@ -96,16 +82,14 @@ def weights_in(checkpoint):
     return torch.load(file)["model"]
 
 
-def run_distributed(rank, port, folder):
-    torch.set_num_threads(1)
-    os.environ |= as_rank(rank, 2, port)
+def run_distributed(folder):
     results = [run_example("ddp.py"), run_example("fsdp.py", folder / "checkpoint")]
-    torch.save(results, folder / f"{rank}.pt")
+    torch.save(results, folder / f"{os.environ['RANK']}.pt")
 
 
 @pytest.mark.slow
 def test_distributed_examples_in_two_processes(tmp_path):
-    torch.multiprocessing.spawn(run_distributed, args=(free_port(), tmp_path), nprocs=2)
+    in_two_processes(run_distributed, tmp_path)
     ddp, fsdp = torch.load(tmp_path / "0.pt")
     assert ddp[0] == by_hand.propagations(RISING, 12)
     assert fsdp[0] == by_hand.propagations(RISING, 24)

@@ -50,6 +50,18 @@ def test_training_is_the_loop_by_hand():
     assert_close(state(optimizer.module), weights)
 
 
+def train_as_rank():
+    accelerator = Accelerator(cpu=True)
+    optimizer, prepared = prepare(accelerator)
+    averaging = by_hand.CountAveraging(optimizer.module)
+    train(accelerator, optimizer, prepared)
+    assert averaging.times == STEPS < optimizer.propagations
+
+
+def test_two_processes_average_the_gradient_once_a_step():
+    by_hand.in_two_processes(train_as_rank)
+
+
 def test_a_resumed_run_is_the_whole_run_bit_for_bit(tmp_path):
     accelerator = Accelerator(cpu=True)
     whole, prepared = prepare(accelerator)

@@ -174,11 +174,20 @@ class StopAfter(Callback):
         trainer.should_stop = trainer.global_step >= self.steps
 
 
+class AveragesOnceAStep(Callback):
+    def on_train_start(self, trainer, *_):
+        self.count = by_hand.CountAveraging(trainer.strategy.model)
+
+    def on_train_end(self, trainer, *_):
+        assert self.count.times == trainer.global_step == STEPS
+
+
 def test_two_processes_average_the_gradient_once_a_step(tmp_path):
     net = Net(gamma=2.0)
+    options = {"strategy": "ddp_fork", "devices": 2, "use_distributed_sampler": False}
     with warnings.catch_warnings():
         warnings.filterwarnings("error", "RST's module is not the DistributedDataParallel wrapper")
-        run = trainer(tmp_path, strategy="ddp_fork", devices=2, use_distributed_sampler=False)
+        run = trainer(tmp_path, [AveragesOnceAStep()], **options)
         run.fit(net, loader(numbered_batches(STEPS)))  # both ranks see the same batches
     assert_close(state(net.net), by_hand.weights(SCHEDULE, STEPS, gamma=2.0))
 

@@ -55,6 +55,25 @@ def trainer(folder, micro_batches=1, rst=None, optimizer=None, epochs=1, steps=S
     return RSTTrainer(model, arguments, train_dataset=data, optimizers=(optimizer, None), rst=rst)
 
 
+def train_as_rank(folder):
+    run = trainer(folder, micro_batches=2, steps=2 * STEPS, rst={"schedule": SCHEDULE, "gamma": 2.0})
+    step, averaging = run.training_step, []
+
+    def counting(model, *arguments):
+        if not averaging:
+            averaging.append(by_hand.CountAveraging(model))
+        return step(model, *arguments)
+
+    run.training_step = counting
+    run.train()
+    steps, propagations = counters(run)
+    assert averaging[0].times == steps == STEPS < propagations
+
+
+def test_two_processes_average_the_gradient_once_a_step(tmp_path):
+    by_hand.in_two_processes(train_as_rank, tmp_path)
+
+
 def counters(run):
     optimizer = run.optimizer.optimizer
     return optimizer.steps, optimizer.propagations
