@@ -26,16 +26,15 @@ def main(checkpoint: str) -> None:
     data = TensorDataset(x, y)
     model = nn.Sequential(nn.Linear(20, 64), nn.BatchNorm1d(64), nn.ReLU(), nn.Linear(64, 4))
     loader = DataLoader(data, batch_size=64, shuffle=True)
-    loader = accelerator.prepare(loader)  # first, as each process has its share of the steps
+    loader = accelerator.prepare(loader)  # first: it divides the batches among processes, so len changes
     optimizer = RST(
         torch.optim.AdamW(model.parameters(), lr=1e-2),
         schedule=Linear(0.0, 1.0),
         total_steps=EPOCHS * len(loader),
         rho=0.05,
     )
-    model, prepared = accelerator.prepare(
-        model, optimizer
-    )  # prepared has step() and zero_grad(), not passes()
+    # prepared has step() and zero_grad(), not passes()
+    model, prepared = accelerator.prepare(model, optimizer)
     optimizer.module = model  # now it is wrapped
     for _ in range(EPOCHS):
         for inputs, labels in loader:

@@ -22,7 +22,6 @@ from rst.passes import (
     devices_of,
     gradients_kept,
     mixed,
-    parameters_of_others,
     random_state,
     require_gradients,
     require_same_coins,
@@ -121,9 +120,7 @@ class RST(Joint):
         if mix not in ("gradient", "normalized"):
             raise ValueError(f"mix must be 'gradient' or 'normalized', got {mix!r}")
         if not isinstance(schedule, Real) and not callable(schedule):
-            raise TypeError(
-                f"schedule must be a number or a schedule such as Linear(0.0, 1.0), got {schedule!r}"
-            )
+            raise TypeError(f"schedule must be a number or a schedule such as Linear(0, 1), got {schedule!r}")
         check_rho(rho)
         bases: Any = base if isinstance(base, list | tuple) else [base]
         super().__init__(bases, {"rho": rho})
@@ -154,7 +151,7 @@ class RST(Joint):
 
     @property
     def module(self) -> nn.Module | None:
-        """To be set anew where the model is wrapped after RST was made."""
+        """The model. Set it again if it is wrapped after RST was made."""
         return self._module
 
     @module.setter
@@ -186,8 +183,7 @@ class RST(Joint):
         not count.
 
         Raises:
-            ValueError: past `total_steps`, where the schedule gives no probability, and where the ranks under
-                DistributedDataParallel have different coins.
+            ValueError: past `total_steps`, where p(t) is no probability, and where ranks have different coins.
             RuntimeError: where `.grad` holds gradients that this step would lose: of a step that was not
                 taken, or of a `backward()` outside the loop; and for a body that leaves no gradients.
         """
@@ -244,7 +240,7 @@ class RST(Joint):
 
     def _passes(self) -> Generator[Pass, None, None]:
         if not self._ranks_agree:
-            require_same_coins(self.module, (self.seed, self.total_steps, self.sampling))
+            require_same_coins(self.module, self.extra_state())
             self._ranks_agree = True
         is_sam = self._decide()
         self._spent.refuse_to_drop(self._gradients(), self.has_gradient)
@@ -267,8 +263,10 @@ class RST(Joint):
     def _sam_passes(self) -> Generator[Pass, None, bool]:
         """The passes of a SAM step. Returns whether it was one after all, see `_confirm`."""
         module: Any = self.module
-        before = random_state(devices_of(self._parameters(), module))
-        others = parameters_of_others(module, [p for group in self.param_groups for p in group["params"]])
+        of_module = [] if module is None else list(module.parameters())
+        before = random_state(devices_of([*self._parameters(), *of_module], module))
+        own = {id(p) for group in self.param_groups for p in group["params"]}
+        others = [p for p in of_module if p.requires_grad and id(p) not in own]
         is_local = not self.sync_perturbation and can_skip_averaging(module, self._parameters(), bool(others))
         shake = true_gradient(None if self.decides_late else module)
         with shake, module.no_sync() if is_local else nullcontext():

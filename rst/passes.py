@@ -211,19 +211,19 @@ class Spent:
             )
 
 
-def require_same_coins(module: nn.Module | None, coin: tuple[object, ...]) -> None:
-    """Raises ValueError on all ranks of DistributedDataParallel if they do not have the same coin: each step
+def require_same_coins(module: Any, state: dict[str, Any]) -> None:
+    """Raises ValueError on all ranks of DistributedDataParallel if they do not have the same coin: some steps
     would then average gradients at θ with gradients at θ + ε."""
+    module = getattr(module, "_orig_mod", module)  # of torch.compile
     if not isinstance(module, DistributedDataParallel):
         return
+    coin = {name: state[name] for name in ("steps", "total_steps", "seed", "schedule")}
     number = zlib.crc32(repr(coin).encode())
     device = next(module.parameters()).device
     largest = torch.tensor([number, -number], device=device)
     dist.all_reduce(largest, dist.ReduceOp.MAX, group=module.process_group)
     if largest.sum() != 0:
-        raise ValueError(
-            f"seed, total_steps and sampling must be the same on every rank; here they are {coin}"
-        )
+        raise ValueError(f"the ranks must take the same SAM steps, but do not agree in all of these: {coin}")
 
 
 def can_skip_averaging(module: Any, parameters: Iterable[Tensor], has_others: bool) -> bool:
@@ -265,20 +265,10 @@ def check_module(module: nn.Module | None) -> None:
             raise ValueError("RST works with fully_shard (FSDP2), not with FullyShardedDataParallel (FSDP1)")
 
 
-def parameters_of_others(module: nn.Module | None, own: Iterable[Tensor]) -> list[Tensor]:
-    """Those of `module` that are to be trained, and are not `own`."""
-    if module is None:
-        return []
-    ids = set(map(id, own))
-    return [p for p in module.parameters() if p.requires_grad and id(p) not in ids]
-
-
 def devices_of(parameters: Iterable[Tensor], module: Any) -> set[torch.device]:
-    """Where a pass computes: where `parameters` and those of `module` are, frozen ones too, and
-    `nn.DataParallel`'s replicas of them."""
+    """Where a pass computes: where the parameters are, and `nn.DataParallel`'s replicas of them."""
     replicas = getattr(module, "device_ids", None) or ()
-    of_module = () if module is None else module.parameters()
-    return {p.device for p in (*parameters, *of_module)} | {torch.device(device) for device in replicas}
+    return {p.device for p in parameters if not p.is_meta} | {torch.device(device) for device in replicas}
 
 
 RandomState = dict[torch.device, Tensor]

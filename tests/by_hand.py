@@ -86,6 +86,9 @@ def _as_rank(rank: int, port: int, work: Callable[..., None], arguments: tuple[o
     torch.set_num_threads(1)
     os.environ |= as_rank(rank, 2, port)
     work(*arguments)
+    if dist.is_initialized():  # the examples end it themselves
+        dist.barrier()
+    os._exit(0)  # on a busy machine gloo's threads have aborted an orderly end
 
 
 def as_rank(rank: int, ranks: int, port: int) -> dict[str, str]:

@@ -207,7 +207,7 @@ def test_the_propagation_count_is_as_expected(records):
 )
 def test_a_recorded_run_repeats(protocol, method, epochs, records, tmp_path, run_script):
     """A run by its recorded command, or its first epochs: to the last digit where PyTorch and the CPU are
-    those that made the record; of such records, if there are any."""
+    those that made the record: such a record is preferred, if there is one."""
     made_with = provenance(torch.device("cpu"))
     runs = records.runs
     runs = runs[(runs["choices.method"] == method) & (runs["seed"] == 3)]

@@ -297,7 +297,7 @@ def test_buffers_are_those_of_a_plain_step(sync_perturbation, trained):
 
 def test_what_is_refused(trained):
     words = {"zeroed": "zero_grad", "static_graph": "static_graph=False", "others": "trainable parameters"}
-    words |= {"seeds": "the same on every rank"}
+    words |= {"seeds": "the same SAM steps"}
     for result in trained:
         assert result["refusals"].keys() == words.keys()
         for case, message in result["refusals"].items():

@@ -55,8 +55,8 @@ class LossScaler(NativeScaler):
         loss = loss_scaler(_forward, optimizer, clip_grad=args.clip_grad, parameters=model_parameters(model))
 
     It calls the function once or twice, unscales and clips the step's gradient, makes the step and returns
-    what the function returned in the clean pass. In the script of newer versions that is `_loss, result`;
-    of a tuple, the first is the loss.
+    what the function returned in the clean pass. If it returns a tuple, as in newer timm scripts
+    (`_loss, result`), the first element is the loss.
 
     Args:
         device: type of the device.
@@ -73,7 +73,7 @@ class LossScaler(NativeScaler):
 
     def __call__(
         self,
-        loss: Callable[[], Any],
+        loss: Callable[[], Tensor | tuple[Any, ...]],
         optimizer: RST,
         clip_grad: float | None = None,
         clip_mode: str = "norm",
@@ -89,10 +89,10 @@ class LossScaler(NativeScaler):
             raise ValueError("set optimizer.module = model, after the model was wrapped")
 
         def closure() -> Any:
-            value = loss()
-            of_batch = value[0] if isinstance(value, tuple) else value
-            self._scaler.scale(of_batch).backward(create_graph=create_graph)
-            return value
+            returned = loss()
+            value, *more = returned if isinstance(returned, tuple) else (returned,)
+            self._scaler.scale(value).backward(create_graph=create_graph)
+            return (value.detach(), *more) if more else value.detach()
 
         value = optimizer.gradient(closure)
         if clip_grad is not None:

@@ -225,7 +225,8 @@ def start(start_process):
 @pytest.mark.parametrize("how", ["killed", "Ctrl-C"])
 def test_a_driver_that_ends_early_loses_and_repeats_nothing(reproduced, tmp_path, how, run_script, start):
     driver = start(tmp_path)
-    wait_until(lambda: finished_runs(tmp_path), seconds=300)
+    wait_until(lambda: finished_runs(tmp_path) or driver.poll() is not None, seconds=300)
+    assert driver.poll() is None, driver.communicate()
     if how == "killed":
         driver.kill()
         driver.communicate(timeout=300)  # ends when its processes, which hold its pipes, have ended too

@@ -67,13 +67,13 @@ def test_a_run_of_several_tables_is_one_run():
     assert cells[constant.columns[0].rows[0].runs[0]].table == "constant"
 
 
-@pytest.mark.slow
 def test_the_sharpness_of_all_rows_is_measured_at_the_baselines_radius():
     tables, cells = gather(["budget"], CONF, "quick", ["seed=0"])
     assert {cell.run.config["rho"] for cell in cells.values()} == {0.05, 0.1}
     assert _radii(tables, cells) == dict.fromkeys(cells, 0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["budget", "others", "precision"])
 def test_parts_of_the_data_as_units(name):
     """SGD and SAM have two seeds on a part; a column may have its own."""

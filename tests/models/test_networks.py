@@ -20,7 +20,7 @@ from rst.models.resnet import BasicBlock, Bottleneck
 from rst.models.shake_shake import ShakeShakeBlock
 from rst.models.wide_resnet import WideBlock
 
-# At 3 channels and 10 classes: those of the authors' definitions; at the end, of networks they lack, which
+# At 3 channels and 10 classes, from the authors' definitions; the last ones are networks they lack, which
 # `test_networks_that_the_paper_lacks_have_the_parameters_of_their_definition` derives.
 PARAMETERS = {
     "wrn16_4": 2_706_906,
