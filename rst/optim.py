@@ -183,7 +183,7 @@ class RST(Joint):
         not count.
 
         Raises:
-            ValueError: past `total_steps`, where p(t) is no probability, and where ranks have different coins.
+            ValueError: past `total_steps`, where p(t) is no probability, where ranks have different coins.
             RuntimeError: where `.grad` holds gradients that this step would lose: of a step that was not
                 taken, or of a `backward()` outside the loop; and for a body that leaves no gradients.
         """
