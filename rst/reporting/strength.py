@@ -58,7 +58,7 @@ def figure(frame: pd.DataFrame, baseline: str, reference: str) -> Figure:
     measured = [metric for metric in METRICS if frame[f"{metric}.n"].any()]
     drawn = Figure(figsize=(4.2 * len(measured), 4.6), dpi=150, layout="constrained")
     frame = frame.sort_values(["strength", "label"], kind="stable")
-    alike = frame.groupby(frame["strength"].round(6))["label"]
+    alike = frame.groupby(frame["strength"].round(2))["label"]
     x = frame["strength"] + 0.014 * (alike.cumcount() - (alike.transform("size") - 1) / 2)
     for axes, metric in zip(drawn.subplots(1, len(measured), squeeze=False)[0], measured, strict=True):
         axes.axhline(0, color="0.4", lw=0.9, ls="--")
