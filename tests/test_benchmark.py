@@ -17,8 +17,8 @@ import rst.optim
 from rst.data import Augment, train_batches
 from scripts.benchmark import __main__ as command
 from scripts.benchmark.measuring import Ratio, interleaved, peak_bytes, ratio, timed
-from scripts.benchmark.peers import optimizer_at, plain_loader
-from scripts.benchmark.sections import METHODS, PEERS, SECTIONS, Problem, Settings, random_data
+from scripts.benchmark.peers import optimizer_at, plain_loader, random_data
+from scripts.benchmark.sections import METHODS, PEERS, SECTIONS, Problem, Settings
 
 QUICK = Settings(rounds=1, quick=True, before=rst.optim.RST)
 

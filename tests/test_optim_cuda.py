@@ -94,6 +94,7 @@ def test_parameters_keep_their_addresses(gamma):
 def test_compiled_models(adaptive, mode, gamma):
     """With reduce-overhead, CUDA graphs are recorded in some passes and replayed in later ones, also those
     with the other weights. That is for γ = 1, as gradients cannot accumulate from one replay to the next."""
+    torch.compiler.reset()  # or another mode would count as a recompilation
     models = []
     for compiled in (False, True):
         model, inputs, labels = on_gpu(torch.float32)

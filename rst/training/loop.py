@@ -112,7 +112,7 @@ class Training:
             optimizer.scaler = self.scaler
         self.metrics: list[dict[str, Any]] = []
         self.guard = Guard(self.device, self.scaler.is_enabled(), self.steps_per_epoch)
-        # Without a GPU, torch.manual_seed formats a stack trace for each kind of device: 0.1 ms per step.
+        # torch.manual_seed formats a stack trace for each kind of device that is not there: 0.1 ms per step.
         on_cpu = self.device.type == "cpu"
         self._seed_generators = torch.default_generator.manual_seed if on_cpu else torch.manual_seed
         self._begin_epoch()

@@ -95,18 +95,19 @@ def main() -> None:
     torch.set_num_threads(1)
     keep_memory()  # as train.py does; else a step's time depends on what the C library gave back before it
     made_with = provenance(settings.device)
+    is_whole = set(arguments.sections) == SECTIONS.keys() and not (settings.quick or before)
+    folder = arguments.results or ROOT / ("results" if is_whole else "outputs") / "benchmark"
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{machine(made_with['device_name'])}.md"
+    command = shlex.join(["python", "-m", "scripts.benchmark", *sys.argv[1:]])
     results = {}
     for name in arguments.sections:
         begin = time.perf_counter()
         results[name] = list(SECTIONS[name](settings))
         print(f"{name}, {time.perf_counter() - begin:.0f} s\n\n{table(results[name])}\n", flush=True)
-    is_whole = results.keys() == SECTIONS.keys() and not (settings.quick or before)
-    folder = arguments.results or ROOT / ("results" if is_whole else "outputs") / "benchmark"
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{machine(made_with['device_name'])}.md"
-    command = shlex.join(["python", "-m", "scripts.benchmark", *sys.argv[1:]])
-    write_text(path, page(results, settings, made_with, command))
-    write_text(path.with_suffix(".csv"), to_csv(results))
+        # After each section, as the time on a GPU may end before the last.
+        write_text(path, page(results, settings, made_with, command))
+        write_text(path.with_suffix(".csv"), to_csv(results))
     print(f"written to {path} and {path.with_suffix('.csv').name}")
 
 

@@ -96,16 +96,16 @@ def peak_bytes(action: Action, device: torch.device = CPU) -> int:
     """The most memory that PyTorch's allocator holds during `action`, beyond what it held before.
 
     On the CPU from the profiler's records, exact and with temporaries inside operations; on CUDA from the
-    allocator's counter, which rounds each tensor up to 512 bytes.
+    allocator's counter of the bytes that were asked for.
     """
     gc.collect()  # garbage freed during the action would count as negative
     if device.type == "cuda":
         action()  # cuBLAS and cuDNN allocate their workspaces once
         gc.collect()
-        before = torch.cuda.memory_allocated(device)
+        before: int = torch.cuda.memory_stats(device)["requested_bytes.all.current"]
         torch.cuda.reset_peak_memory_stats(device)
         action()
-        return torch.cuda.max_memory_allocated(device) - before
+        return torch.cuda.memory_stats(device)["requested_bytes.all.peak"] - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as records:
         action()
     events = records.profiler.kineto_results.events()

@@ -25,14 +25,14 @@ from rst import (
     Periodic,
     StaleAscent,
 )
-from rst.data import Augment, ImageData, train_batches
+from rst.data import Augment, train_batches
 from rst.models import create
 from rst.schedule import Schedule
-from rst.training.device import keep_memory
+from rst.training.device import allow_tf32, keep_memory
 from rst.training.loop import Training
 
 from .measuring import CPU, Action, Ratio, Round, interleaved, peak_bytes, ratio, timed
-from .peers import MEAN, STD, hand_written_sam_step, plain_loader, pytorch_optimizer_step
+from .peers import hand_written_sam_step, plain_loader, pytorch_optimizer_step, random_data
 
 RHO, L2 = 0.05, 5e-4
 SGD_SETTINGS: dict[str, Any] = {"lr": 0.01, "momentum": 0.9, "nesterov": True}
@@ -228,15 +228,6 @@ def _memory_of(name: str, batch_size: int, device: torch.device) -> Iterator[Rat
         yield Ratio(what, f"{name}, batch {batch_size}", copies, copies, copies, 1, target)
 
 
-def random_data(n: int, n_test: int = 1) -> ImageData:
-    """Smooth images: AutoAugment takes other paths on noise than on photographs."""
-    generator = torch.Generator().manual_seed(0)
-    coarse = torch.randint(256, (n + n_test, 3, 8, 8), generator=generator, dtype=torch.uint8)
-    images = F.interpolate(coarse.float(), size=32, mode="bilinear").byte()
-    labels = torch.randint(10, (n + n_test,), generator=generator)
-    return ImageData(images[:n], labels[:n], images[n:], labels[n:], tuple("0123456789"), MEAN, STD)
-
-
 def data(settings: Settings) -> Iterator[Ratio]:
     """Images a second: our batches against torchvision's transforms of PIL images in a DataLoader. On the CPU
     both take one core; for a GPU, the DataLoader has a worker on every core."""
@@ -299,6 +290,7 @@ def end_to_end(settings: Settings) -> Iterator[Ratio]:
 
 def _our_epochs(name: str, batch_size: int, n_batches: int, precision: str, device: torch.device) -> Action:
     keep_memory()
+    allow_tf32(precision == "tf32")
     images = random_data(n_batches * batch_size, batch_size).to(device)
     model = network(name, device).to(memory_format=torch.channels_last)
     optimizer = RST(sgd(model), Constant(0.0), ENDLESS, module=model)
