@@ -1,4 +1,4 @@
-"""What the benchmark compares with: other SAMs, a plain DataLoader, this optimizer at another commit. Its images."""
+"""What the benchmark compares with: other SAMs, a plain DataLoader, another commit of this optimizer."""
 
 import importlib
 import io
