@@ -307,7 +307,8 @@ class MomentumSAM(OnePass):
     ) -> None:
         super().__init__(base, everywhere(self, warmup_steps, schedule), total_steps, rho, module=module)
         if not any(group.get("momentum") for group in self.param_groups):
-            raise ValueError("MomentumSAM needs a base with a momentum buffer: SGD(momentum=0.9), say")
+            names = ", ".join(type(base).__name__ for base in self.bases)
+            raise ValueError(f"MomentumSAM needs momentum, and {names} has none: use SGD(momentum=0.9), say")
 
     def _after_step(self) -> None:
         if all(self._direction(p) is None for p in self._parameters()):

@@ -94,10 +94,8 @@ def _as_rank(rank: int, port: int, work: Callable[..., None], arguments: tuple[o
 def as_rank(rank: int, ranks: int, port: int) -> dict[str, str]:
     """What torchrun sets."""
     values = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
-    return {name: str(value) for name, value in values.items()} | {
-        "MASTER_ADDR": "localhost",
-        "MASTER_PORT": str(port),
-    }
+    values["MASTER_PORT"] = port
+    return {name: str(value) for name, value in values.items()} | {"MASTER_ADDR": "localhost"}
 
 
 def free_port() -> int:

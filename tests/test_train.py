@@ -207,10 +207,15 @@ def test_a_run_that_another_process_is_running_is_left_alone(run_train, tmp_path
 
 
 def test_a_diverging_run_stops_and_keeps_the_last_good_checkpoint(run_train, tmp_path):
-    arguments = [*SHORT, "method=sgd", "clip_norm=null", "checkpoint.every_steps=1", f"outputs={tmp_path}"]
+    arguments = [*SHORT, "method=sgd", "clip_norm=null", "optimizer.lr=1e30"]
+    with pytest.raises(SystemExit, match=r"the loss is \S+ at step \d+ \(epoch 1, batch \d+\)"):
+        run_train(*arguments, f"outputs={tmp_path / 'at once'}")
+    folder = only((tmp_path / "at once").glob("digits*"))
+    assert not (folder / "result.json").exists() and not (folder / "checkpoint.pt").exists()
+    later = ["warmup_epochs=1", "checkpoint.every_steps=1"]  # the first step moves nothing
     with pytest.raises(SystemExit, match="not finite after step 1; the last checkpoint is kept"):
-        run_train(*arguments, "optimizer.lr=1e30", "warmup_epochs=1")  # the first step moves nothing
-    folder = only(tmp_path.glob("digits*"))
+        run_train(*arguments, *later, f"outputs={tmp_path / 'later'}")
+    folder = only((tmp_path / "later").glob("digits*"))
     assert not (folder / "result.json").exists()
     kept = torch.load(folder / "checkpoint.pt", weights_only=True)["training"]
     assert kept["optimizer"]["param_groups"][0]["rst"]["steps"] > 0

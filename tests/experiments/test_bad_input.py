@@ -74,7 +74,7 @@ SETTINGS = {
     "method=aesam schedule=linear": "method=aesam does not go by a schedule: leave schedule=linear out",
     "method=partial schedule.p=0.5": "always takes a SAM step, which contradicts schedule.p=0.5",
     "method=looksam method.alpha=-1": "method: alpha must be a finite number of at least 0, got -1",
-    "method=msam optimizer=adamw l2=0": "needs a base with a momentum buffer",
+    "method=msam optimizer=adamw l2=0": "AdamW has none: use SGD(momentum=0.9), say",
     "method=grst schedule.p=0": "method: gamma='matched' is 1 / mean p, and this schedule has mean p = 0",
     "optimizer=adamw": "both l2 and optimizer.weight_decay are set: add l2=0",
     "optimizer.momentum=0": "optimizer: Nesterov momentum requires a momentum",
