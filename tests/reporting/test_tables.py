@@ -173,6 +173,13 @@ def test_a_table_without_runs_has_no_figures_but_its_schedules(tmp_path):
     assert written(table(), records([]), tmp_path) == {*texts, "schedules.png"}
 
 
+def test_figures_that_a_table_no_longer_has_go(tmp_path):
+    written(table(), records(measured=["sgd"]), tmp_path)
+    left = written(table(), records(), tmp_path)
+    assert "sharpness.png" not in left
+    assert {path.name for path in (tmp_path / "small").iterdir()} == left
+
+
 def test_the_csv_has_every_number_in_full(tmp_path):
     asked, made = table(column("a"), column("b", seeds=2)), records(measured=["rst"])
     written(asked, made, tmp_path)
