@@ -22,7 +22,7 @@ WHICH = --protocol $(PROTOCOL) --table $(TABLE)
 reproduce-tables: .venv/stamp
 	$(BIN)/python scripts/reproduce.py $(WHICH) $(if $(filter-out 0,$(REUSE)),--reuse) $(if $(filter-out 0,$(SHARPNESS)),--sharpness) $(if $(filter-out 0,$(PRINT)),--print) --launcher $(LAUNCHER) $(if $(JOBS),--jobs $(JOBS)) $(ARGS)
 
-# CIFAR-10 as JPEG files, for protocol=cpu and folds: unpacked from ARCHIVE where data/cifar10 is not there, and verified.
+# CIFAR-10 as JPEG files, for protocol=cpu, folds and gpu: unpacked from ARCHIVE where data/cifar10 is not there, and verified.
 data: .venv/stamp
 	$(BIN)/python scripts/data.py $(if $(ARCHIVE),--archive $(ARCHIVE))
 

@@ -292,9 +292,9 @@ def set_random_state(states: RandomState) -> None:
 
 def _is_expanded(tensor: Tensor) -> bool:
     """Whether some of its elements share memory, as `expand` makes them, so that nothing can write to it."""
-    if tensor.layout != torch.strided or 0 not in tensor.stride():
-        return False
-    return any(size > 1 and step == 0 for size, step in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.layout == torch.strided and any(
+        size > 1 and step == 0 for size, step in zip(tensor.shape, tensor.stride(), strict=True)
+    )
 
 
 def _modules(module: nn.Module | None) -> Iterable[nn.Module]:

@@ -1,4 +1,4 @@
-"""Unpack and verify the CIFAR-10 images of protocol=cpu, JPEG files in an archive (make data)."""
+"""Unpack and verify CIFAR-10 as JPEG files, from an archive (make data)."""
 
 import argparse
 from pathlib import Path

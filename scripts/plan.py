@@ -1,6 +1,5 @@
 """What tables under a protocol will cost, before anything runs (make plan)."""
 
-import csv
 import os
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ from tabulate import tabulate
 from rst.experiments.command_line import launch
 from rst.experiments.cost import cost_of, speed
 from rst.experiments.sweeps import Cell, gather, results_of, split, table_parser, with_outputs
+from rst.reporting.records import recorded_in
 
 ROOT = Path(__file__).resolve().parent.parent
 HEADERS = ["table", "column", "runs", "done", "failed", "to do"]
@@ -37,13 +37,9 @@ def main() -> None:
     arguments = parser.parse_intermixed_args()
     os.chdir(ROOT)
     rate = arguments.images_per_second
-    recorded: set[str] = set()
     common, _ = split(arguments.overrides)
     results = arguments.results or results_of(common, arguments.outputs)
-    runs = results / arguments.protocol / "runs.csv"
-    if arguments.reuse and runs.exists():
-        with runs.open(newline="") as file:
-            recorded = {row["id"] for row in csv.DictReader(file)}
+    recorded = set(recorded_in(results / arguments.protocol).runs["id"]) if arguments.reuse else set()
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         overrides = with_outputs(common, arguments.outputs)
         tables, cells = gather(arguments.table, ROOT / "conf", arguments.protocol, overrides)

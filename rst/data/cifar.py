@@ -114,7 +114,12 @@ def _download(dataset: type[datasets.CIFAR10], folder: Path) -> str:
     existing = next(parent for parent in (folder, *folder.parents) if parent.is_dir())
     lock = existing / f".{dataset.base_folder}.lock"
     try:
-        with FileLock(lock), tempfile.TemporaryDirectory(dir=existing, prefix=lock.stem) as temporary:
+        with (
+            FileLock(lock),
+            contextlib.ExitStack() as stack,
+            tempfile.TemporaryDirectory(dir=existing, prefix=lock.stem) as temporary,
+        ):
+            stack.callback(lock.unlink, missing_ok=True)  # while it is held: who waits for it then notices
             if (folder / dataset.base_folder).is_dir():  # another process held the lock before
                 return ""
             if (folder / dataset.filename).is_file():
@@ -126,9 +131,6 @@ def _download(dataset: type[datasets.CIFAR10], folder: Path) -> str:
             os.replace(Path(temporary) / dataset.base_folder, folder / dataset.base_folder)
     except (OSError, RuntimeError, HTTPException) as error:
         return f"download failed: {error}"
-    finally:
-        with contextlib.suppress(OSError):
-            lock.unlink()
     return ""
 
 

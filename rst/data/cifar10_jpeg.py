@@ -1,4 +1,4 @@
-"""The CIFAR-10 images of protocol=cpu: JPEG files, from an archive that is verified when it is unpacked."""
+"""CIFAR-10 as JPEG files, from an archive that is verified when it is unpacked."""
 
 import hashlib
 import os

@@ -20,7 +20,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 CPU = torch.device("cpu")
-MOST_WORKERS = 256  # each takes memory of its own: thousands of them would take all there is
 # These ask a run to end, which the main process does in order.
 FOR_MAIN_PROCESS = (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
@@ -57,10 +56,6 @@ class ImageFiles:
     workers: int | None = None
     interpolation: str = "bilinear"
     device: torch.device = CPU
-
-    def __post_init__(self) -> None:
-        if self.workers is not None and not 0 <= self.workers <= MOST_WORKERS:
-            raise ValueError(f"workers must be from 0 to {MOST_WORKERS}, or null, got {self.workers}")
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -161,7 +156,7 @@ def _begin_worker(parent: int, number: int) -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGTERM, *FOR_MAIN_PROCESS))
 
 
-def open_image(reader: Reader, index: int, mode: str = "RGB") -> Image.Image:
+def open_image(reader: Reader, index: int, mode: str) -> Image.Image:
     """Raises ValueError naming the file where it cannot be decoded, truncated ones included."""
     try:
         file, _ = reader[index]

@@ -82,14 +82,14 @@ def task(function: Callable[[DictConfig], object]) -> Callable[[DictConfig], Non
 
 
 @cache
-def end_with_parent(poll: float = 1.0) -> None:
+def end_with_parent() -> None:
     """End this process when the launcher that started it is gone: joblib's processes would outlive a killed
     driver, and keep their memory, for ever. The run has half a minute to finish its step and save."""
     parent = os.getppid()
 
     def watch() -> None:
         while os.getppid() == parent:
-            time.sleep(poll)
+            time.sleep(1)
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(30)
         os._exit(1)

@@ -86,7 +86,7 @@ def data_size(config: Mapping[str, Any]) -> DataSize:
     size = SIZES.get(node["_target_"]) or SIZES.get(node.get("name"))
     if size is None and "root" not in node:
         raise ValueError(f"the size of {node['_target_']} is unknown: add it to SIZES in {__name__}")
-    size = size or _folder_size(Path(node["root"]).expanduser(), node["train_size"])
+    size = size or _folder_size(Path(node["root"]).expanduser())
     n = size.train_images
     if folds := node.get("folds"):
         n = len(range(node["fold"] % folds, n, folds))
@@ -96,10 +96,8 @@ def data_size(config: Mapping[str, Any]) -> DataSize:
 
 
 @cache
-def _folder_size(root: Path, train_size: int | None) -> DataSize:
+def _folder_size(root: Path) -> DataSize:
     folder = root / "train"
-    if not folder.is_dir() and train_size:
-        return DataSize(train_size, 3, 32, 10)  # side and classes are a guess, good enough for a plan
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder {folder}, whose images a plan counts (set dataset.root=DIR)")
     classes = [path for path in folder.iterdir() if path.is_dir()]
@@ -125,9 +123,9 @@ def speed(config: Mapping[str, Any]) -> float:
 
 
 @cache
-def _speed(device_name: str, precision: str, threads: int | None, batch_size: int = 64) -> float:
+def _speed(device_name: str, precision: str, threads: int | None) -> float:
     flops, _ = _model_size(json.dumps([_RESNET20, (3, 32, 10)], sort_keys=True))
-    device, dtype = pick_device(device_name), PRECISIONS[precision]
+    device, dtype, batch_size = pick_device(device_name), PRECISIONS[precision], 64
     model = instantiate(_RESNET20)(num_classes=10, in_chans=3, image_size=(32, 32))
     model = model.to(device, memory_format=torch.channels_last)
     images = torch.randn(batch_size, 3, 32, 32, device=device)

@@ -218,6 +218,8 @@ def _write(
     # The schedules of the first column, of rows as long as most; another may have other steps, or a warmup.
     runs = {row.label: _a_run(row, cells) for row in table.columns[0].rows if row.epochs_factor == 1}
     configs = {label: run.config for label, run in runs.items() if _tosses_coins(run)}
+    if not configs:
+        return write_table(table, records, failures, {}, 0, 0, folder, for_print)
     config = next(iter(configs.values()))
     epoch_steps = steps_per_epoch(config)
     schedules = {label: schedule_of(config, epoch_steps) for label, config in configs.items()}
@@ -268,8 +270,8 @@ def _log(
     """Log the table to Weights & Biases, where its runs are tracked there."""
     run = _a_run(table.columns[0].rows[0], cells)
     if run.choices["tracker"] == "wandb":
-        keys = ("project", "entity", "mode", "init_timeout", "finish_timeout")
-        settings = {key: run.config["tracker"][key] for key in keys if key in run.config["tracker"]}
+        others = ("_target_", "_partial_", "run_group")
+        settings = {key: value for key, value in run.config["tracker"].items() if key not in others}
         name = f"{protocol}-{table.name}"
         group = run.config["tracker"]["run_group"] or table.name
         log_table(files, name=name, group=group, folder=outputs / ".wandb" / name, **settings)

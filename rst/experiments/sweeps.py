@@ -47,7 +47,7 @@ class TableSpec:
     Args:
         columns: the key of conf/columns/<protocol>.yaml that lists the columns.
         seeds: such as "0,1,2", in place of the protocol's. A column may have others, as an override.
-        metrics: what the table's page shows (`rst.reporting.tables.METRICS`), None for the usual ones.
+        metrics: what the table's page shows (`rst.reporting.pages.METRICS`), None for the usual ones.
     """
 
     title: str = MISSING

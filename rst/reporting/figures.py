@@ -98,9 +98,8 @@ def sharpness(frame: pd.DataFrame) -> Figure:
     figure, panels, places = _by_eta(frame, width=10.0, panels=len(SHARPNESS))
     for axes, name in zip(panels, SHARPNESS, strict=True):
         for y, (_, row) in zip(places, frame.iterrows(), strict=True):
-            colour = COLOURS.get(row["method"], CYCLE[-1])
             mean, std = row[f"{name}.mean"], np.nan_to_num(row[f"{name}.std"])
-            axes.errorbar(mean, y, xerr=std, fmt="o", color=colour, ms=5, lw=1.2)
+            axes.errorbar(mean, y, xerr=std, fmt="o", ms=5, lw=1.2, **marker_of(row["method"], True))
         axes.set_xscale("log")
         _plain_ticks(axes.xaxis)
         axes.set_title(SHARPNESS_NAMES[name], fontsize=9)
@@ -121,7 +120,7 @@ def error(summary: Summary, frame: pd.DataFrame) -> Figure:
         axes.annotate(_named(row), (row["eta.mean"], mean), (6, 6), textcoords="offset points", fontsize=8)
     axes.set_xlabel(f"η, propagations (forward-backward passes) per step of {summary.baseline}")
     axes.set_ylabel(f"{summary.split} error (%), mean and 95 % interval")
-    axes.set_xlim(0.95, 2.15)
+    axes.set_xlim(0.95, max(2.15, 1.05 * frame["eta.mean"].max()))
     axes.grid(color="0.92")
     axes.set_axisbelow(True)
     return figure

@@ -89,7 +89,8 @@ def page(summaries: Sequence[Summary], figures: Collection[str]) -> str:
         parts += [f"## {summary.name}"] * several + [f"{summary.setting}.", *images(summary, HEADLINES)]
         parts += [pipes(cells(summary, summary.metrics or USUAL)), *_remarks(summary)]
         parts += [reading(summary)] * (summary is first)
-    parts += ["## Schedules", "![p(t) of each schedule, and the share of SAM steps taken](schedules.png)"]
+    if "schedules" in figures:
+        parts += ["## Schedules", "![p(t) of each schedule, and the share of SAM steps taken](schedules.png)"]
     for summary in summaries:
         parts += [f"## Details{f': {summary.name}' * several}", *images(summary, FIGURES)]
         if summary.metrics is None:

@@ -15,8 +15,6 @@ from rst.reporting.records import SHARPNESS, Records
 from rst.reporting.statistics import LOSSES, Summary, estimate, on_one_machine, paired_difference, values
 from rst.schedule import Schedule
 
-METRICS = pages.METRICS
-
 
 @dataclass(frozen=True)
 class Row:
@@ -86,7 +84,7 @@ class Column:
 @dataclass(frozen=True)
 class Table:
     """Differences are to the row labelled `reference`, times relative to that labelled `baseline`. `metrics`
-    are those of `METRICS` that the page shows, None for the usual ones.
+    are those of `rst.reporting.pages.METRICS` that the page shows, None for the usual ones.
 
     Raises:
         ValueError: for two rows with one label, a label that no row has, or an unknown metric.
@@ -100,9 +98,9 @@ class Table:
     metrics: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
-        if unknown := set(self.metrics or ()) - set(METRICS):
+        if unknown := set(self.metrics or ()) - set(pages.METRICS):
             raise ValueError(
-                f"unknown metrics {', '.join(sorted(unknown))}; choose from {', '.join(METRICS)}"
+                f"unknown metrics {', '.join(sorted(unknown))}; choose from {', '.join(pages.METRICS)}"
             )
         for column in self.columns:
             labels = [row.label for row in column.rows]
@@ -128,7 +126,7 @@ def write_table(
 
     Args:
         failures: why runs failed, in a line, by run id.
-        schedules: of each row's label, drawn for `total_steps` steps with the coin of `seed`.
+        schedules: by label, of the rows that have one; drawn for `total_steps` steps with the coin of `seed`.
         for_print: also write the figures as PDF and the table as LaTeX.
     """
     from rst.reporting import figures  # here, as matplotlib takes a second, and a plan draws nothing
@@ -136,7 +134,7 @@ def write_table(
     folder = folder / table.name
     folder.mkdir(parents=True, exist_ok=True)
     summaries = [summarize(table, column, records.joined, failures) for column in table.columns]
-    drawn = {"schedules": figures.schedules(schedules, total_steps, seed)}
+    drawn = {"schedules": figures.schedules(schedules, total_steps, seed)} if schedules else {}
     for summary in summaries:
         place = pages.place(summary, summaries)
         (folder / place).mkdir(exist_ok=True)

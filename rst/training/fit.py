@@ -174,7 +174,7 @@ def summarize(metrics: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         "epochs": last["epoch"],
         **{key: last[key] for key in kept},
-        "calibrated_test_loss": last.get("calibrated_test_loss"),  # checkpoints may be older than it is
+        "calibrated_test_loss": last.get("calibrated_test_loss"),  # not of a single image
         "best_test_accuracy": best["test_accuracy"],
         "best_epoch": best["epoch"],
         "seconds": seconds,

@@ -290,7 +290,7 @@ def end_to_end(settings: Settings) -> Iterator[Ratio]:
 
 def _our_epochs(name: str, batch_size: int, n_batches: int, precision: str, device: torch.device) -> Action:
     keep_memory()
-    allow_tf32(precision == "tf32")
+    allow_tf32(False)
     images = random_data(n_batches * batch_size, batch_size).to(device)
     model = network(name, device).to(memory_format=torch.channels_last)
     optimizer = RST(sgd(model), Constant(0.0), ENDLESS, module=model)

@@ -4,6 +4,7 @@ import argparse
 import hashlib
 import os
 import pickle
+import shutil
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import partial
@@ -101,9 +102,12 @@ def main() -> None:
     if not arguments.collect:
         made_with = provenance(torch.device("cpu"))
         tasks, records = experiments()
-        kept = ROOT / "outputs" / "theory" / str(made_with["commit"])
+        code = f"{made_with['commit']}{'+changes' * bool(made_with['dirty'])}"
+        kept = ROOT / "outputs" / "theory" / code
+        if made_with["dirty"]:
+            shutil.rmtree(kept, ignore_errors=True)  # of code that may have changed since
         for name, frame in records(run_all(tasks, arguments.jobs, kept)).items():
-            frame["commit"] = f"{made_with['commit']}{'+changes' * bool(made_with['dirty'])}"
+            frame["commit"] = code
             frame["torch"], frame["device"] = made_with["versions"]["torch"], made_with["device_name"]
             write_text(FOLDER / f"{name}.csv", frame.to_csv(index=False, lineterminator="\n"))
     write(FOLDER, page.recorded(FOLDER))

@@ -113,7 +113,6 @@ def _panels(n: int, width: float = 4.2) -> tuple[Figure, list[Axes]]:
     for axes in panels:
         axes.grid(color="0.92")
         axes.set_axisbelow(True)
-        axes.title.set_fontsize(9)
     return figure, panels
 
 

@@ -34,6 +34,12 @@ def test_rows_without_a_strength_or_runs_are_left_out():
     assert points([table()], KNOWN, records(without_sgd).joined).empty
 
 
+@pytest.mark.parametrize("reference", ["SGD", "RST"])
+def test_a_table_whose_reference_has_no_strength_is_left_out(reference):
+    known = {key: value for key, value in KNOWN.items() if key != "rrst0"}
+    assert points([table(reference=reference, baseline="SAM")], known, records().joined).empty
+
+
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [

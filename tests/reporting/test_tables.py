@@ -133,11 +133,6 @@ def test_time_is_paired_by_seed_and_a_slow_hour_is_felt_little():
     assert np.isnan(frame_of(unpaired).loc["RST", "time"])
 
 
-def test_two_devices_of_one_kind_are_one_machine():
-    some = [one | {"device": f"cuda:{i % 2}"} for i, one in enumerate(results())]
-    assert frame_of(some).loc["RST", "time"] == pytest.approx(15.2 / 10.2)
-
-
 def test_what_is_refused():
     with pytest.raises(ValueError, match="needs a source"):
         Row("SAM", "", {}, published=4.22)
@@ -171,6 +166,12 @@ def test_the_files_of_a_table(tmp_path):
 def test_a_table_without_runs_has_no_figures_but_its_schedules(tmp_path):
     texts = {"README.md", "table.csv"}
     assert written(table(), records([]), tmp_path) == {*texts, "schedules.png"}
+
+
+def test_a_table_whose_rows_toss_no_coins_has_no_schedules(tmp_path):
+    files = write_table(table(), records(), {}, {}, 0, 0, tmp_path)
+    assert not any("schedules" in path.name for path in files)
+    assert "schedules" not in (tmp_path / "small" / "README.md").read_text().lower()
 
 
 def test_figures_that_a_table_no_longer_has_go(tmp_path):
