@@ -67,7 +67,7 @@ benchmark: .venv/stamp
 	$(BIN)/python -m scripts.benchmark $(ARGS)
 
 # Tests the predictions of docs/theory.md and remakes results/theory, in a quarter of an hour; interrupted, it goes on
-# when repeated. ARGS=--collect remakes its figures and tables from the records.
+# when repeated, if nothing is changed. ARGS=--collect remakes its figures and tables from the records.
 theory: .venv/stamp
 	OMP_NUM_THREADS=1 $(BIN)/python -m scripts.theory $(ARGS)
 

@@ -5,6 +5,7 @@ what is measured). What a folder has is not measured again.
 """
 
 import argparse
+import math
 import sys
 from pathlib import Path
 
@@ -21,6 +22,10 @@ def main() -> None:
     parser.add_argument("--rho", type=float, help="the ball's radius (default: the run's setting rho)")
     parser.add_argument("--jobs", type=int, default=cpu_count(), help="runs at once")
     arguments = parser.parse_args()
+    if arguments.images < 10:
+        parser.error(f"--images must be at least 10, got {arguments.images}")
+    if arguments.rho is not None and not 0 < arguments.rho < math.inf:
+        parser.error(f"--rho must be above 0, got {arguments.rho}")
     finished = [folder for folder in arguments.runs if (folder / "result.json").exists()]
     if unfinished := [str(folder) for folder in arguments.runs if folder not in finished]:
         print(f"left out, as not finished: {', '.join(unfinished)}", file=sys.stderr)

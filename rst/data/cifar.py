@@ -114,12 +114,9 @@ def _download(dataset: type[datasets.CIFAR10], folder: Path) -> str:
     existing = next(parent for parent in (folder, *folder.parents) if parent.is_dir())
     lock = existing / f".{dataset.base_folder}.lock"
     try:
-        with (
-            FileLock(lock),
-            contextlib.ExitStack() as stack,
-            tempfile.TemporaryDirectory(dir=existing, prefix=lock.stem) as temporary,
-        ):
+        with FileLock(lock), contextlib.ExitStack() as stack:
             stack.callback(lock.unlink, missing_ok=True)  # while it is held: who waits for it then notices
+            temporary = stack.enter_context(tempfile.TemporaryDirectory(dir=existing, prefix=lock.stem))
             if (folder / dataset.base_folder).is_dir():  # another process held the lock before
                 return ""
             if (folder / dataset.filename).is_file():

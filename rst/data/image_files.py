@@ -9,17 +9,19 @@ from functools import partial
 from multiprocessing import active_children, get_all_start_methods, get_context
 from multiprocessing.connection import wait
 from multiprocessing.context import BaseContext
-from typing import IO, Any, Protocol
+from typing import IO, Annotated, Any, Protocol
 
 import numpy as np
 import torch
 from joblib import cpu_count
 from PIL import Image
+from pydantic import Field
 from timm.data.transforms import RandomResizedCropAndInterpolation
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 CPU = torch.device("cpu")
+Workers = Annotated[int, Field(ge=0, le=256)]  # thousands of processes would take all memory there is
 # These ask a run to end, which the main process does in order.
 FOR_MAIN_PROCESS = (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 

@@ -17,10 +17,10 @@ import torch
 from filelock import FileLock
 from joblib import cpu_count
 from PIL import Image, ImageOps
-from pydantic import NonNegativeInt, PositiveInt
+from pydantic import PositiveInt
 
 from rst.data import images
-from rst.data.image_files import ImageFiles
+from rst.data.image_files import ImageFiles, Workers
 from rst.data.images import ImageData
 
 log = logging.getLogger(__name__)
@@ -49,7 +49,7 @@ def image_folder(
     validation: bool = False,
     seed: int = 0,
     in_memory: bool | Literal["auto"] = "auto",
-    workers: NonNegativeInt | None = None,
+    workers: Workers | None = None,
     fold: int | None = None,
     folds: int | None = None,
     label_noise: float | None = None,

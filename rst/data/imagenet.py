@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import IO, Literal, NamedTuple
 
 import torch
-from pydantic import NonNegativeInt, PositiveInt
+from pydantic import PositiveInt
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.data.readers.reader_image_folder import ReaderImageFolder
 from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize
 
 from rst.data import images
-from rst.data.image_files import ImageFiles, Reader
+from rst.data.image_files import ImageFiles, Reader, Workers
 from rst.data.images import ImageData
 
 EXTENSIONS = (".jpeg", ".jpg", ".png", ".webp")
@@ -40,7 +40,7 @@ def imagenet(
     train_size: int | None = None,
     validation: bool = False,
     seed: int = 0,
-    workers: NonNegativeInt | None = None,
+    workers: Workers | None = None,
     interpolation: Literal["bicubic", "bilinear"] = "bicubic",
 ) -> ImageData:
     """ImageNet's training and validation images, decoded by `workers` processes as they are needed.

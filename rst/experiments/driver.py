@@ -233,10 +233,9 @@ def _draw_strength(
     """strength.png, of the rows whose regularization has a strength p̄·γ·ρ, in the first table's setting."""
     from rst.reporting import strength  # here, as matplotlib takes a second
 
-    tables = [table for table in tables if table.reference != table.baseline]
-    tables = [table for table in tables if table.columns[0].setting == tables[0].columns[0].setting]
     runs = [_a_run(row, cells) for table in tables for row in table.columns[0].rows if row.epochs_factor == 1]
     known = {run.id: strength.Strength(*found) for run in runs if (found := _strength(run.config))}
+    tables = strength.comparable(tables, known)
     frame = strength.points(tables, known, records.joined)
     if len(frame):
         figure = strength.figure(frame, tables[0].baseline, tables[0].reference)

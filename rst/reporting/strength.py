@@ -25,10 +25,26 @@ class Strength(NamedTuple):
     when: str
 
 
+def comparable(tables: Sequence[Table], strengths: Mapping[str, Strength]) -> list[Table]:
+    """Those whose reference is another row than the baseline and has a strength, in the first one's setting.
+
+    Args:
+        strengths: by run id.
+    """
+
+    def is_relative(table: Table) -> bool:
+        (reference,) = (row for row in table.columns[0].rows if row.label == table.reference)
+        whole = strengths.get(reference.first_run)
+        return table.reference != table.baseline and whole is not None and whole.product > 0
+
+    tables = [table for table in tables if is_relative(table)]
+    return [table for table in tables if table.columns[0].setting == tables[0].columns[0].setting]
+
+
 def points(tables: Sequence[Table], strengths: Mapping[str, Strength], records: pd.DataFrame) -> pd.DataFrame:
-    """A line for each row of the tables' first columns that has a strength, as its reference has, and seeds
-    that the baseline has, too: its label, method and strength relative to the reference's, and the estimate
-    of each metric's difference to the baseline, paired by seed or part. What several tables have counts once.
+    """A line for each row of the `comparable` tables' first columns that has a strength, and seeds that the
+    baseline has, too: its label, method and strength relative to the reference's, and the estimate of each
+    metric's difference to the baseline, paired by seed or part. What several tables have counts once.
 
     Args:
         strengths: by run id.
@@ -37,15 +53,13 @@ def points(tables: Sequence[Table], strengths: Mapping[str, Strength], records: 
     for table in tables:
         rows = {row.label: row for row in table.columns[0].rows}
         baseline = rows[table.baseline]
-        whole = strengths.get(rows[table.reference].first_run)
-        if whole is None or not whole.product:
-            continue
+        whole = strengths[rows[table.reference].first_run].product
         for row in rows.values():
             runs = records[records["id"].isin(list(row.runs.values()))]
             if row is baseline or runs.empty or (strength := strengths.get(row.first_run)) is None:
                 continue
             line = {"label": row.label, "method": runs["choices.method"].iloc[0], "when": strength.when}
-            line["strength"] = strength.product / whole.product
+            line["strength"] = strength.product / whole
             for metric in METRICS:
                 gap = paired_difference(row.values(metric, records), baseline.values(metric, records))
                 line |= {f"{metric}.{part}": x for part, x in asdict(estimate(gap)).items()}

@@ -151,7 +151,7 @@ def write_table(
             files.append(folder / f"{name}.{suffix}")
             write_atomically(files[-1], partial(figure.savefig, format=suffix))
     for path in {*folder.rglob("*.png")}.difference(files):  # of rows that have changed since
-        path.unlink()
+        path.unlink(missing_ok=True)
     return files
 
 

@@ -65,6 +65,7 @@ SETTINGS = {
     "checkpoint.every_steps=0": "checkpoint.every_steps=0: Input should be greater than 0",
     "clip_norm=0": "clip_norm=0: Input should be greater than 0",
     "dataset=imagenet dataset.image_size=0": "dataset.image_size=0: Input should be greater than 0",
+    "dataset=imagenet dataset.workers=100000": "dataset.workers=100000: Input should be less than",
     "schedule.p=1.5": "schedule: the schedule's p must be a number in [0, 1], got 1.5",
     "method.rho=-1": "method: rho must be a finite number of at least 0, got -1",
     "optimizer=adamw l2=0 +optimizer.betas=[0.9,2]": "optimizer: Invalid beta parameter at index 1: 2",

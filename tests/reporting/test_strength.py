@@ -1,5 +1,7 @@
 """Rows by the strength of their regularization, against numbers by hand."""
 
+from dataclasses import replace
+
 import pytest
 from conftest import ROOT
 from hydra import initialize_config_dir
@@ -7,7 +9,7 @@ from sample_runs import column, records, results, table
 
 from rst.experiments.driver import _strength
 from rst.experiments.sweeps import cells_of
-from rst.reporting.strength import Strength, figure, points
+from rst.reporting.strength import Strength, comparable, figure, points
 
 KNOWN = {"rsam0": Strength(0.2, "even"), "rrst0": Strength(0.1, "late"), "rsgd0": Strength(0.0, "even")}
 
@@ -34,10 +36,12 @@ def test_rows_without_a_strength_or_runs_are_left_out():
     assert points([table()], KNOWN, records(without_sgd).joined).empty
 
 
-@pytest.mark.parametrize("reference", ["SGD", "RST"])
-def test_a_table_whose_reference_has_no_strength_is_left_out(reference):
+def test_tables_are_comparable_whose_reference_has_a_strength():
     known = {key: value for key, value in KNOWN.items() if key != "rrst0"}
-    assert points([table(reference=reference, baseline="SAM")], known, records().joined).empty
+    same, none, zero = table(baseline="SAM"), table(reference="RST"), table(reference="SGD", baseline="SAM")
+    elsewhere = table(replace(column(), setting="another"))
+    assert comparable([same, none, zero, table(), elsewhere], known) == [table()]
+    assert comparable([none], known) == []
 
 
 @pytest.mark.parametrize(
