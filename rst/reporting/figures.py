@@ -45,7 +45,7 @@ def of_column(summary: Summary, curves: pd.DataFrame) -> dict[str, Figure]:
     figures = {"forest": forest(summary, frame), "curves": training_curves(summary, frame, curves)}
     if _about(frame).is_unique:
         figures["error"] = error(summary, frame)
-    if (_family(frame).value_counts() > 1).sum() >= 3:
+    if (_about(frame).groupby(_family(frame)).nunique() > 1).sum() >= 3:  # methods at several costs
         figures["cost"] = cost(summary, frame)
     measured = frame[frame["lambda_max.n"] > 0]
     if len(measured):

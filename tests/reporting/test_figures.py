@@ -88,11 +88,17 @@ def test_methods_at_several_costs_have_a_line_each():
     asked = table(column(methods=["sgd", "sam", "rst"]))
     runs = {row.label: row.runs for row in asked.columns[0].rows}
     again = {f"{method}, {what}": runs[method] for method in ("SGD", "SAM", "RST") for what in ("a", "b")}
-    asked.columns[0].rows.extend(Row(label, "", of) for label, of in again.items())
-    assert "cost" not in figures_of()
+    factors = dict.fromkeys(again, 1.0) | {"SGD, b": 1.5, "SAM, b": 0.5, "RST, b": 0.5}
+    alike = table(column(methods=["sgd", "sam", "rst"]))
+    alike.columns[0].rows.extend(Row(label, "", of) for label, of in again.items())
+    assert "cost" not in figures_of() and "cost" not in figures_of(alike)
+    asked.columns[0].rows.extend(
+        Row(label, "", of, epochs_factor=factors[label]) for label, of in again.items()
+    )
     axes = figures_of(asked)["cost"].axes[0]
     lines = {container.get_label(): container[0] for container in axes.containers}
-    assert lines["RST"].get_xdata().tolist() == pytest.approx([1 + 292 / 600] * 3)
+    eta = 1 + 292 / 600
+    assert lines["RST"].get_xdata().tolist() == pytest.approx([eta / 2, eta, eta])
     assert lines["RST"].get_ydata().tolist() == pytest.approx([1] * 3)
     assert sorted(lines["SAM"].get_ydata().tolist()) == [0, 0, 0]
     runs |= {"RST, c, γ = 2": {seed: run.replace("rrst", "rgrst") for seed, run in runs["RST"].items()}}
