@@ -19,6 +19,8 @@ def main() -> None:
     parser.add_argument("--collect", action="store_true", help="run nothing, write tables of what there is")
     parser.add_argument("--print", action="store_true", help="write LaTeX and PDF, too")
     arguments = parser.parse_intermixed_args()
+    if arguments.jobs is not None and arguments.jobs < 1:
+        parser.error(f"--jobs must be at least 1, got {arguments.jobs}")
     os.chdir(ROOT)
     failures = reproduce(
         arguments.table,

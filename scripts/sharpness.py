@@ -5,7 +5,6 @@ what is measured). What a folder has is not measured again.
 """
 
 import argparse
-import math
 import sys
 from pathlib import Path
 
@@ -22,9 +21,11 @@ def main() -> None:
     parser.add_argument("--rho", type=float, help="the ball's radius (default: the run's setting rho)")
     parser.add_argument("--jobs", type=int, default=cpu_count(), help="runs at once")
     arguments = parser.parse_args()
+    if arguments.jobs < 1:
+        parser.error(f"--jobs must be at least 1, got {arguments.jobs}")
     if arguments.images < 10:
         parser.error(f"--images must be at least 10, got {arguments.images}")
-    if arguments.rho is not None and not 0 < arguments.rho < math.inf:
+    if arguments.rho is not None and not arguments.rho > 0:
         parser.error(f"--rho must be above 0, got {arguments.rho}")
     finished = [folder for folder in arguments.runs if (folder / "result.json").exists()]
     if unfinished := [str(folder) for folder in arguments.runs if folder not in finished]:

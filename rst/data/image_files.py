@@ -9,19 +9,18 @@ from functools import partial
 from multiprocessing import active_children, get_all_start_methods, get_context
 from multiprocessing.connection import wait
 from multiprocessing.context import BaseContext
-from typing import IO, Annotated, Any, Protocol
+from typing import IO, Any, Protocol
 
 import numpy as np
 import torch
 from joblib import cpu_count
 from PIL import Image
-from pydantic import Field
 from timm.data.transforms import RandomResizedCropAndInterpolation
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 CPU = torch.device("cpu")
-Workers = Annotated[int, Field(ge=0, le=256)]  # thousands of processes would take all memory there is
+MOST_WORKERS = 256  # each takes memory of its own: thousands of them would take all there is
 # These ask a run to end, which the main process does in order.
 FOR_MAIN_PROCESS = (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
@@ -58,6 +57,10 @@ class ImageFiles:
     workers: int | None = None
     interpolation: str = "bilinear"
     device: torch.device = CPU
+
+    def __post_init__(self) -> None:
+        if self.workers is not None and not 0 <= self.workers <= MOST_WORKERS:
+            raise ValueError(f"workers must be from 0 to {MOST_WORKERS}, or null, got {self.workers}")
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -158,7 +161,7 @@ def _begin_worker(parent: int, number: int) -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGTERM, *FOR_MAIN_PROCESS))
 
 
-def open_image(reader: Reader, index: int, mode: str) -> Image.Image:
+def open_image(reader: Reader, index: int, mode: str = "RGB") -> Image.Image:
     """Raises ValueError naming the file where it cannot be decoded, truncated ones included."""
     try:
         file, _ = reader[index]

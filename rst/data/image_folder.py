@@ -17,10 +17,9 @@ import torch
 from filelock import FileLock
 from joblib import cpu_count
 from PIL import Image, ImageOps
-from pydantic import PositiveInt
 
 from rst.data import images
-from rst.data.image_files import ImageFiles, Workers
+from rst.data.image_files import ImageFiles
 from rst.data.images import ImageData
 
 log = logging.getLogger(__name__)
@@ -44,12 +43,12 @@ class _File(NamedTuple):
 def image_folder(
     root: str,
     name: str | None = None,
-    image_size: PositiveInt | None = None,
+    image_size: int | None = None,
     train_size: int | None = None,
     validation: bool = False,
     seed: int = 0,
     in_memory: bool | Literal["auto"] = "auto",
-    workers: Workers | None = None,
+    workers: int | None = None,
     fold: int | None = None,
     folds: int | None = None,
     label_noise: float | None = None,
@@ -73,6 +72,10 @@ def image_folder(
     Raises FileNotFoundError when a folder or its images are missing, ValueError when a file cannot be
     decoded, sizes differ, or train/ and test/ have different classes.
     """
+    if image_size is not None and image_size < 1:
+        raise ValueError(f"image_size is in pixels and must be at least 1, got {image_size}")
+    if in_memory not in (True, False, "auto"):
+        raise ValueError(f"in_memory must be auto, true or false, got {in_memory!r}")
     folder = Path(root).expanduser()
     train, test = _scan(folder, "train"), _scan(folder, "test")
     train_classes, test_classes = {file.class_name for file in train}, {file.class_name for file in test}

@@ -5,20 +5,20 @@ import itertools
 import os
 import tarfile
 from pathlib import Path
-from typing import IO, Literal, NamedTuple
+from typing import IO, NamedTuple
 
 import torch
-from pydantic import PositiveInt
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.data.readers.reader_image_folder import ReaderImageFolder
 from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize
 
 from rst.data import images
-from rst.data.image_files import ImageFiles, Reader, Workers
+from rst.data.image_files import ImageFiles, Reader
 from rst.data.images import ImageData
 
 EXTENSIONS = (".jpeg", ".jpg", ".png", ".webp")
+INTERPOLATIONS = ("bicubic", "bilinear")
 IMAGENET = (1_281_167, 1000)  # training images and classes
 SPLITS = {"train": ("train",), "val": ("val", "validation")}
 LAYOUTS = (
@@ -36,12 +36,12 @@ class _Split(NamedTuple):
 def imagenet(
     root: str,
     name: str | None = None,
-    image_size: PositiveInt = 224,
+    image_size: int = 224,
     train_size: int | None = None,
     validation: bool = False,
     seed: int = 0,
-    workers: Workers | None = None,
-    interpolation: Literal["bicubic", "bilinear"] = "bicubic",
+    workers: int | None = None,
+    interpolation: str = "bicubic",
 ) -> ImageData:
     """ImageNet's training and validation images, decoded by `workers` processes as they are needed.
 
@@ -58,6 +58,10 @@ def imagenet(
     Raises FileNotFoundError where a split is missing, ValueError where the splits' classes differ or a tar
     file is damaged.
     """
+    if image_size < 1:
+        raise ValueError(f"image_size is in pixels and must be at least 1, got {image_size}")
+    if interpolation not in INTERPOLATIONS:
+        raise ValueError(f"interpolation must be {' or '.join(INTERPOLATIONS)}, got {interpolation}")
     folder = Path(root).expanduser()
     train, test = _open(folder, "train"), _open(folder, "val")
     train_classes, test_classes = set(train.classes), set(test.classes)
@@ -126,24 +130,23 @@ def _open(folder: Path, split: str) -> _Split:
     raise FileNotFoundError(f"no {split} images in {folder}: expected {LAYOUTS} (set dataset.root=ROOT)")
 
 
-def _check_end(path: Path) -> None:
+def _check_end(path: Path, block: int = 512) -> None:
     """Refuse a file without a tar file's end, two blocks of zeros: readers make do with what there is of one
     that is incomplete.
 
     Raises:
         ValueError: naming the file.
     """
-    end = 2 * 512
     with path.open("rb") as file:
-        file.seek(-min(end, path.stat().st_size), os.SEEK_END)
-        if file.read() != bytes(end):
+        file.seek(-min(2 * block, path.stat().st_size), os.SEEK_END)
+        if file.read() != bytes(2 * block):
             raise ValueError(f"{path} is incomplete or no tar file (it lacks a tar file's end): replace it")
 
 
-def _has_labels(shard: Path) -> bool:
+def _has_labels(shard: Path, within: int = 1000) -> bool:
     """Whether .cls files are among the shard's first members, as WebDataset pairs them with images."""
     with tarfile.open(shard) as tar:
-        return any(member.name.endswith(".cls") for member in itertools.islice(tar, 1000))
+        return any(member.name.endswith(".cls") for member in itertools.islice(tar, within))
 
 
 class _Shards:

@@ -314,7 +314,8 @@ class Training:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Raises ValueError where the data have changed since."""
-        if state["data"] != self._data_facts():
+        data = self._data_facts()
+        if state.get("data", data) != data:  # older checkpoints have none
             raise ValueError(
                 "the data are not those that the run began with: put them back, or remove the run's folder"
             )

@@ -31,6 +31,7 @@ def constant(progress: float) -> float:
 
 def with_warmup(factor: Callable[[float], float], warmup: float) -> Callable[[float], float]:
     """A linear ramp from 0 to 1 over the fraction `warmup` of the run, then all of `factor` over the rest."""
+    factor(0.0)  # raises for bad options now, not after the warmup
 
     def ramped(progress: float) -> float:
         if progress < warmup:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 logger = logging.getLogger(__name__)
 
@@ -75,16 +75,25 @@ class Wandb(Tracker):
     All metrics have `epoch` as their x-axis; choose `propagations` in a panel to compare at equal cost. The
     summary adds to the run's result its test errors in percent and η, the propagations per step, measured and
     expected. A run that is resumed online continues its W&B run; offline it starts another of the same name.
+
+    Raises:
+        ValueError: unknown mode.
     """
 
     project: str = "rst"
     entity: str | None = None
     run_group: str | None = None  # replaces the run's group; a table has one for all of its runs
-    # auto: WANDB_MODE if set, else online or offline, whether W&B has a key. It never asks for one.
-    mode: Literal["auto", "online", "offline", "disabled"] = "auto"
+    mode: str = (
+        "auto"  # WANDB_MODE if set, else online or offline: whether W&B has a key. It never asks for one
+    )
     init_timeout: float = 30  # seconds that an unreachable server can hold up the run
     finish_timeout: float = 60  # seconds
     _run: Any = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        modes = ("auto", "online", "offline", "disabled")
+        if self.mode not in modes:
+            raise ValueError(f"W&B's mode is one of {', '.join(modes)}, got {self.mode!r}")
 
     def _start(self) -> None:
         import wandb

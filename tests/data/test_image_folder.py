@@ -184,6 +184,8 @@ def test_image_size_resizes_the_shorter_side_and_crops_the_centre(tmp_path: Path
     assert loaded.train_images[0].min() > 150  # 187: bicubic looks a little beyond the crop
     # The shorter side is 8 already: nothing is interpolated.
     assert np.array_equal(loaded.train_images[1], made["train/cat/001.png"][:, 2:10].transpose(2, 0, 1))
+    with pytest.raises(ValueError, match="image_size is in pixels and must be at least 1, got 0"):
+        data.image_folder(str(tmp_path), image_size=0)
 
 
 def test_second_load_decodes_nothing(tmp_path: Path, opened: list[str]) -> None:
@@ -361,6 +363,8 @@ def test_auto_streams_what_would_take_too_much_memory(
     monkeypatch.setattr(sys.modules["rst.data.image_folder"], "_memory", lambda: 4 * decoded - 1)
     assert isinstance(data.image_folder(str(tmp_path)).train_images, ImageFiles)
     assert isinstance(data.image_folder(str(tmp_path), image_size=4).train_images, torch.Tensor)
+    with pytest.raises(ValueError, match="in_memory must be auto, true or false, got 'yes'"):
+        data.image_folder(str(tmp_path), in_memory="yes")  # type: ignore[arg-type]
 
 
 def test_streaming_surveys_once(tmp_path: Path, opened: list[str]) -> None:

@@ -119,6 +119,8 @@ def test_interpolation_is_of_evaluation_and_of_random_crops(folder: Path) -> Non
     for (some, labels), (others, also) in zip(batches(bilinear), batches(bicubic), strict=True):
         assert torch.equal(labels, also)
         assert 0 < (some - others).abs().mean() < 0.2 * some.std()
+    with pytest.raises(ValueError, match="interpolation must be bicubic or bilinear, got nearest"):
+        imagenet(str(folder), interpolation="nearest", **SMALL)
 
 
 def test_whatever_the_number_of_workers(folder: Path) -> None:

@@ -289,6 +289,7 @@ def test_a_tracked_tables_runs_are_a_group_and_the_table_is_logged(tmp_path, run
     [
         (["--table", "nothing"], "unknown table nothing: choose from "),
         (["--protocol", "nothing"], "choose from"),
+        (["--jobs", "0"], "--jobs must be at least 1"),
     ],
 )
 def test_unknown_arguments_list_the_choices(arguments, message, run_script, capsys):

@@ -275,6 +275,11 @@ def test_missing_tensorboard_says_what_to_install(tmp_path: Path, monkeypatch: p
         TensorBoard(**run_in(tmp_path))
 
 
+def test_wandb_refuses_an_unknown_mode(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="one of auto, online, offline, disabled, got 'ofline'"):
+        Wandb(**run_in(tmp_path), mode="ofline")
+
+
 def test_services_are_imported_only_when_used() -> None:
     script = "import sys, rst.training.tracking as _; print({'wandb', 'tensorboard'} & set(sys.modules))"
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
