@@ -10,11 +10,10 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from hydra.utils import instantiate
 from torch.utils.flop_counter import FlopCounterMode
 
 from rst.training.device import PRECISIONS, allow_tf32, cpu_threads, pick_device
-from rst.training.parts import checkpoint_bytes, optimizer_alone
+from rst.training.parts import checkpoint_bytes, optimizer_alone, part
 
 
 class DataSize(NamedTuple):
@@ -33,7 +32,7 @@ SIZES = {
     "rst.data.imagenet": DataSize(1_281_167, 3, 224, 1000),
     "cifar10-jpeg": DataSize(50_000, 3, 32, 10),  # an image folder, by its name
 }
-_RESNET20 = {"_target_": "rst.models.create", "_partial_": True, "name": "resnet20"}
+_RESNET20 = {"_target_": "rst.models.create", "name": "resnet20"}
 
 
 @dataclass(frozen=True)
@@ -111,7 +110,7 @@ def _model_size(key: str) -> tuple[float, int]:
     node, (channels, side, classes) = json.loads(key)
     # `create` passes one image through the model.
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        model = instantiate(node)(num_classes=classes, in_chans=channels, image_size=(side, side))
+        model = part(node)(num_classes=classes, in_chans=channels, image_size=(side, side))
     return 3.0 * counter.get_total_flops(), sum(p.numel() for p in model.parameters())
 
 
@@ -126,7 +125,7 @@ def speed(config: Mapping[str, Any]) -> float:
 def _speed(device_name: str, precision: str, threads: int | None) -> float:
     flops, _ = _model_size(json.dumps([_RESNET20, (3, 32, 10)], sort_keys=True))
     device, dtype, batch_size = pick_device(device_name), PRECISIONS[precision], 64
-    model = instantiate(_RESNET20)(num_classes=10, in_chans=3, image_size=(32, 32))
+    model = part(_RESNET20)(num_classes=10, in_chans=3, image_size=(32, 32))
     model = model.to(device, memory_format=torch.channels_last)
     images = torch.randn(batch_size, 3, 32, 32, device=device)
     labels = torch.zeros(batch_size, dtype=torch.int64, device=device)

@@ -222,8 +222,9 @@ def _write(
         return write_table(table, records, failures, {}, 0, 0, folder, for_print)
     config = next(iter(configs.values()))
     epoch_steps = steps_per_epoch(config)
-    schedules = {label: schedule_of(config, epoch_steps) for label, config in configs.items()}
     steps = config["epochs"] * epoch_steps
+    schedules = {label: schedule_of(config, epoch_steps) for label, config in configs.items()}
+    schedules = {k: p for k, p in schedules.items() if 0 < probabilities(p, steps).mean() < 1}
     return write_table(table, records, failures, schedules, steps, config["seed"], folder, for_print)
 
 

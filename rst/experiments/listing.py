@@ -5,9 +5,10 @@ from typing import Any
 
 import torch
 from hydra import compose, initialize_config_dir
-from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from tabulate import tabulate
+
+from rst.training.parts import part
 
 GROUPS = ("dataset", "augment", "method", "schedule", "optimizer", "lr_schedule", "tracker", "protocol")
 CLASSES, PIXELS = 10, 32
@@ -34,7 +35,7 @@ def model_table(conf: Path) -> list[tuple[str, str, str]]:
                 rows.append((name, "", comment))
                 continue
             with torch.device("meta"):  # allocates nothing
-                model = instantiate(node)(num_classes=CLASSES, in_chans=3, image_size=(PIXELS, PIXELS))
+                model = part(node)(num_classes=CLASSES, in_chans=3, image_size=(PIXELS, PIXELS))
             count = sum(p.numel() for p in model.parameters())
             rows.append((name, f"{count:,}".replace(",", " "), comment))
     return rows

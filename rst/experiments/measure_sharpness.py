@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hydra.utils import instantiate
 from joblib import Parallel, delayed
 from omegaconf import OmegaConf
 
@@ -18,7 +17,7 @@ from rst.files import write_text
 from rst.reporting import sharpness
 from rst.training import checkpoint
 from rst.training.device import cpu_threads
-from rst.training.parts import new_model
+from rst.training.parts import new_model, part
 from rst.training.provenance import provenance
 
 IMAGES = 500
@@ -75,7 +74,7 @@ def _measure(folder: Path, config: dict[str, Any], run_id: str, images: int, rho
         raise FileNotFoundError(f"{folder} has no checkpoint, which the weights would be in")
     began = time.perf_counter()
     with cpu_threads(1):
-        data = instantiate(config["dataset"], _convert_="all")
+        data = part(config["dataset"])()
         model = new_model(config, data)
         model.load_state_dict(state["training"]["model"])
         batches = _batches(data, images, config["dataset"].get("seed", 0))

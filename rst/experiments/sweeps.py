@@ -4,7 +4,7 @@ import argparse
 import itertools
 import re
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -157,7 +157,7 @@ def cells_of(overrides: Sequence[str]) -> list[Cell]:
     if sweeps := [str(o.input_line) for o in _parse(others, "overrides") if o.is_sweep_override()]:
         raise ValueError(f"only seed= may sweep here, not {' '.join(sweeps)}: list the rows in conf/table")
     cfg, hydra_cfg = _compose(others)
-    given = given or [f"seed={hydra_cfg.sweeper.params.get('seed', cfg.seed)}"]
+    given = given or [f"seed={(hydra_cfg.sweeper.params or {}).get('seed', cfg.seed)}"]
     (swept,) = _parse(given[-1:], "overrides")
     cells: list[Cell] = []
     for seed in swept.sweep_iterator() if swept.is_sweep_override() else [swept.value()]:
@@ -213,16 +213,17 @@ def gather(
                     factor = epochs / usual
                 if row.seeds and overrides == _but_seeds(overrides):
                     overrides.append(f"seed={row.seeds}")
-                runs = {}
-                for cell in cells_of(overrides):
+                runs, own = {}, cells_of(overrides)
+                for cell in own:
                     run, seed = cell.run, cell.run.config["seed"]
                     runs[seed] = run.id
                     title = " / ".join(filter(None, [name, shown, f"{row.label}, seed {seed}"]))
                     cells.setdefault(run.id, replace(cell, table=name, column=column, title=title))
                 command = _train(["-m", *(text for text in overrides if not text.startswith("outputs="))])
-                rows.append(Row(row.label, command, runs, row.published, row.source, factor, _folds(run)))
+                folds = _folds([cell.run for cell in own])
+                rows.append(Row(row.label, command, runs, row.published, row.source, factor, folds))
                 if row.label == spec.baseline:
-                    setting = _setting(run, protocol)
+                    setting = _setting(run, protocol, {"root", "name", *(["fold"] if folds else [])})
             columns.append(Column(shown, setting, rows, run.split))
         metrics = None if spec.metrics is None else tuple(spec.metrics)
         try:
@@ -240,21 +241,21 @@ def _but_seeds(overrides: Sequence[str]) -> list[str]:
     return [text for text in overrides if not text.startswith("seed=")]
 
 
-def _folds(run: Run) -> int | None:
-    """The number of parts of the data, where the seed says which one a run is trained on."""
-    node = run.config["dataset"]
-    return node.get("folds") if node.get("fold") == run.config["seed"] else None
+def _folds(runs: Sequence[Run]) -> int | None:
+    """The number of parts of the data, where the seeds say which one a run is trained on."""
+    follow = all(run.config["dataset"].get("fold") == run.config["seed"] for run in runs)
+    return runs[0].config["dataset"].get("folds") if follow else None
 
 
-def _setting(run: Run, protocol: str) -> str:
-    """Data, model and augmentation, each with the values that are not its option's; epochs and batch size."""
+def _setting(run: Run, protocol: str, unsaid: Collection[str]) -> str:
+    """Data, model and augmentation, each with the values that are not its option's, but for the keys in
+    `unsaid`; epochs and batch size."""
     plain, _ = _compose([f"{group}={run.choices[group]}" for group in SETTING])
-    said = {"root", "name", *(["fold"] if _folds(run) else [])}
     parts = [f"Protocol {protocol}"]
     for group in SETTING:
         default: Any = OmegaConf.to_container(plain[group], resolve=True)
         node = run.config[group].items()
-        changed = [f"{k} {v}" for k, v in node if v != default.get(k) and k not in said]
+        changed = [f"{k} {v}" for k, v in node if v != default.get(k) and k not in unsaid]
         parts.append(f"{group} {run.choices[group]}" + (f" ({', '.join(changed)})" if changed else ""))
     return ", ".join([*parts, f"{run.config['epochs']} epochs", f"batch size {run.config['batch_size']}"])
 

@@ -170,9 +170,8 @@ def write_claims(path: Path, tables: Mapping[str, Table], records: Records, page
 
 def _column(claim: Claim, tables: Mapping[str, Table]) -> Column:
     table, _, name = claim.table.partition("/")
-    columns = tables[table].columns
-    for column in columns:
-        if column.name == name or len(columns) == 1:
+    for column in tables[table].columns:
+        if column.name == name:
             return column
     raise ValueError(f"claim {claim.claim!r}: there is no table {claim.table}")
 

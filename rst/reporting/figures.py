@@ -76,7 +76,7 @@ def forest(summary: Summary, frame: pd.DataFrame) -> Figure:
             axes.text(gaps[label], 1.01, label, transform=axes.get_xaxis_transform(), ha=side, fontsize=8)
     texts = []
     for y, row in zip(places, frame.to_dict("records"), strict=True):
-        enough = row["label"] == summary.reference or row[f"{name}.n"] >= MIN_SEEDS
+        enough = row["test_error.n" if row["label"] == summary.reference else f"{name}.n"] >= MIN_SEEDS
         look = marker_of(row["method"], enough)
         axes.plot(row["gap"], y, "o", ms=6, zorder=3, **look)
         gap = estimate_of(row, name)
@@ -89,7 +89,8 @@ def forest(summary: Summary, frame: pd.DataFrame) -> Figure:
     numbers.set_yticks(places, texts, fontsize=8)
     numbers.tick_params(length=0)
     numbers.spines[:].set_visible(False)
-    axes.set_xlabel(f"difference in {summary.split} error to {summary.reference} (points), 95 % interval")
+    level = ", 95 % interval" if (frame[f"{name}.n"] >= MIN_SEEDS).any() else ""
+    axes.set_xlabel(f"difference in {summary.split} error to {summary.reference} (points){level}")
     return figure
 
 
@@ -103,7 +104,7 @@ def sharpness(frame: pd.DataFrame) -> Figure:
         axes.set_xscale("log")
         _plain_ticks(axes.xaxis)
         axes.set_title(SHARPNESS_NAMES[name], fontsize=9)
-    figure.supxlabel("mean ± standard deviation", fontsize=9)
+    figure.supxlabel("mean ± standard deviation, logarithmic scales", fontsize=9)
     return figure
 
 
@@ -146,7 +147,7 @@ def cost(summary: Summary, frame: pd.DataFrame) -> Figure:
         axes.errorbar(rows["eta.mean"], mean, half, elinewidth=0.7, label=family, **look)
         axes.plot(rows["eta.mean"][~enough], mean[~enough], **look | {"ls": "", "mfc": "white"})
     axes.set_xlabel(f"η, propagations (forward-backward passes) per step of {summary.baseline}")
-    axes.set_ylabel(f"difference in {summary.split} error to {summary.reference} (points)")
+    axes.set_ylabel(f"difference in {summary.split} error to {summary.reference} (points), 95 % interval")
     axes.grid(color="0.92")
     axes.set_axisbelow(True)
     figure.legend(loc="outside right upper", frameon=False, fontsize=8)
@@ -168,9 +169,9 @@ def _family(frame: pd.DataFrame) -> pd.Series:
 
 
 def training_curves(summary: Summary, frame: pd.DataFrame, curves: pd.DataFrame) -> Figure:
-    """Error and training loss against epochs and against propagations, on logarithmic scales: the mean over
-    seeds with a band of ± one standard deviation. Rows of similar η share a panel, reference and baseline are
-    in each."""
+    """Training loss, and the error where it was measured more than once a run, against epochs and against
+    propagations, on logarithmic scales: the mean over seeds with a band of ± one standard deviation. Rows of
+    similar η share a panel, reference and baseline are in each."""
     anchors = frame["label"].isin([summary.reference, summary.baseline])
     panels: list[pd.DataFrame] = []
     for _, rows in frame[~anchors].groupby(_about(frame[~anchors])):
@@ -179,17 +180,24 @@ def training_curves(summary: Summary, frame: pd.DataFrame, curves: pd.DataFrame)
         else:
             panels.append(rows)
     looks = _looks(summary)
-    figure = Figure(figsize=(9, 6.5 * max(1, len(panels))), dpi=120, layout="constrained")
+    curves = curves[curves["id"].isin(" ".join(frame["runs"]).split())]
+    curves = curves.assign(error=100 * (1 - curves["test_accuracy"]))
+    measured = {"train_loss": "training loss (nats)"}
+    if (curves.groupby("id")["error"].count() > 1).any():
+        measured = {"error": f"{summary.split} error (%)"} | measured
+    height = (1.0 + 2.75 * len(measured)) * max(1, len(panels))
+    figure = Figure(figsize=(9, height), dpi=120, layout="constrained")
     parts = figure.subfigures(max(1, len(panels)), 1, squeeze=False).flat
     for part, rows in zip(parts, panels or [frame[:0]], strict=True):
-        grid = part.subplots(2, 2, sharex="col", sharey="row")
+        grid = part.subplots(len(measured), 2, sharex="col", sharey="row", squeeze=False)
+        lines = dict(zip(measured, grid, strict=True))
         for _, row in pd.concat([frame[anchors], rows]).iterrows():
             runs = curves[curves["id"].isin(row["runs"].split())]
-            _draw_curves(grid, runs, {**looks[row["label"]], "label": _named(row)})
-        grid[0, 0].set_ylabel(f"{summary.split} error (%)")
-        grid[1, 0].set_ylabel("training loss (nats)")
-        grid[1, 0].set_xlabel("epoch")
-        grid[1, 1].set_xlabel("propagations")
+            _draw_curves(lines, runs, {**looks[row["label"]], "label": _named(row)})
+        for name, heading in measured.items():
+            lines[name][0].set_ylabel(heading)
+        grid[-1, 0].set_xlabel("epoch")
+        grid[-1, 1].set_xlabel("propagations")
         for axes in grid.flat:
             axes.set_yscale("log")
             _plain_ticks(axes.yaxis)
@@ -215,10 +223,10 @@ def schedules(by_label: Mapping[str, Schedule], total_steps: int, seed: int) -> 
     grid = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False)
     for axes, (labels, schedule, p) in zip(grid.flat, panels.values(), strict=False):
         taken = coin < p
-        mean, share = (np.add.reduceat(x, edges[:-1]) / np.diff(edges) for x in (p, taken.astype(float)))
-        bars = {"color": COLOURS["sam"], "alpha": 0.35, "lw": 0}
-        axes.stairs(share, edges / total_steps, fill=True, label="share of SAM steps taken", **bars)
-        axes.stairs(mean, edges / total_steps, baseline=None, color="black", lw=1.2, label="p(t)")
+        share = np.add.reduceat(taken.astype(float), edges[:-1]) / np.diff(edges)
+        bars = {"color": COLOURS["sam"], "alpha": 0.35, "lw": 0, "label": f"SAM steps, seed {seed}'s coin"}
+        axes.stairs(share, edges / total_steps, fill=True, **bars)
+        axes.plot(np.arange(total_steps) / total_steps, p, color="black", lw=1.2, label="p(t)")
         expected = expected_propagations(schedule, total_steps) - total_steps
         count = f"{taken.sum()} SAM steps, expected {expected:.1f}"
         count += f" ± {propagations_std(schedule, total_steps):.1f}"
@@ -228,7 +236,7 @@ def schedules(by_label: Mapping[str, Schedule], total_steps: int, seed: int) -> 
         axes.tick_params(labelsize=8)
     for axes in grid.flat[len(panels) :]:
         axes.set_axis_off()
-    figure.supxlabel(f"progress t/T (T = {total_steps} steps, seed {seed})", fontsize=9)
+    figure.supxlabel(f"progress t/T (T = {total_steps} steps)", fontsize=9)
     figure.supylabel("probability of a SAM step", fontsize=9)
     handles = grid[0, 0].get_legend_handles_labels()
     figure.legend(*handles, loc="outside upper center", ncols=2, frameon=False, fontsize=8)
@@ -284,11 +292,10 @@ def _looks(summary: Summary) -> dict[str, dict[str, Any]]:
     return looks
 
 
-def _draw_curves(grid: np.ndarray, curves: pd.DataFrame, look: dict[str, Any]) -> None:
-    curves = curves.assign(error=100 * (1 - curves["test_accuracy"])).drop(columns="id").astype(float)
-    epochs = curves.groupby("epoch")
+def _draw_curves(lines: Mapping[str, np.ndarray], curves: pd.DataFrame, look: dict[str, Any]) -> None:
+    epochs = curves.drop(columns="id").astype(float).groupby("epoch")
     mean, std = epochs.mean(), epochs.std()
-    for line, name in zip(grid, ("error", "train_loss"), strict=True):
+    for name, line in lines.items():
         measured = mean.index[mean[name].notna()]  # the error is not measured after every epoch
         y, spread = mean.loc[measured, name], std.loc[measured, name]
         for axes, x in zip(line, (measured, mean.loc[measured, "propagations"]), strict=True):

@@ -30,8 +30,8 @@ HEADLINES = {
     "cost": "{split} error against propagation count, difference to {reference}, a line a method",
 }
 FIGURES = {
-    "curves": "{split} error and training loss during training",
-    "sharpness": "sharpness of the minima",
+    "curves": "curves of training: means over {unit}s, bands of ± one standard deviation, logarithmic scales",
+    "sharpness": "sharpness of the minima: means ± standard deviations",
 }
 READING = {  # by metric
     "test_error": "{Split} error at the last epoch: mean ± sample standard deviation over n {unit}s.",
@@ -90,7 +90,7 @@ def page(summaries: Sequence[Summary], figures: Collection[str]) -> str:
         parts += [pipes(cells(summary, summary.metrics or USUAL)), *_remarks(summary)]
         parts += [reading(summary)] * (summary is first)
     if "schedules" in figures:
-        parts += ["## Schedules", "![p(t) of each schedule, and the share of SAM steps taken](schedules.png)"]
+        parts += ["## Schedules", "![p(t) of each schedule, and a coin's SAM steps](schedules.png)"]
     for summary in summaries:
         parts += [f"## Details{f': {summary.name}' * several}", *images(summary, FIGURES)]
         if summary.metrics is None:
@@ -269,6 +269,12 @@ def _remarks(summary: Summary) -> list[str]:
             f"† Fewer than {MIN_SEEDS} {summary.unit}s, hollow in figures: no ground for a comparison."
         )
     rows = frame.to_dict("records")
+    missing = [
+        row["label"]
+        for row in rows
+        if row["status"] == "partial" and row["test_error.n"] == row["n_expected"]
+    ]
+    remarks += [f"{', '.join(missing)}: some of its runs have not finished."] * bool(missing)
     several = [row["label"] for row in rows if len(row["runs"].split()) > row["test_error.n"]]
     if several:
         remarks.append(f"{', '.join(several)}: a {summary.unit}'s value is the mean of several runs.")

@@ -72,23 +72,29 @@ def figure(frame: pd.DataFrame, baseline: str, reference: str) -> Figure:
     """Each metric that was measured, as a difference to the baseline with its 95 % interval, against the
     strength; rows of one strength side by side."""
     measured = [metric for metric in METRICS if frame[f"{metric}.n"].any()]
-    drawn = Figure(figsize=(4.2 * len(measured), 4.6), dpi=150, layout="constrained")
+    lines = -(-len(measured) // 2)
+    drawn = Figure(figsize=(9, 3.6 * lines + 0.4), dpi=150, layout="constrained")
+    panels = list(drawn.subplots(lines, 2, squeeze=False).flat)
+    for axes in panels[len(measured) :]:
+        axes.set_axis_off()
     frame = frame.sort_values(["strength", "label"], kind="stable")
     alike = frame.groupby(frame["strength"].round(2))["label"]
     x = frame["strength"] + 0.014 * (alike.cumcount() - (alike.transform("size") - 1) / 2)
-    for axes, metric in zip(drawn.subplots(1, len(measured), squeeze=False)[0], measured, strict=True):
+    for axes, metric in zip(panels, measured, strict=False):
         axes.axhline(0, color="0.4", lw=0.9, ls="--")
         for at, row in zip(x, frame.to_dict("records"), strict=True):
             mean, half = row[f"{metric}.mean"], row[f"{metric}.high"] - row[f"{metric}.mean"]
             enough = row[f"{metric}.n"] >= MIN_SEEDS
             look = marker_of(row["method"], enough) | {"fmt": MARKERS[row["when"]], "ms": 4.5, "lw": 1}
             axes.errorbar(at, mean, np.nan_to_num(half) if enough else 0.0, **look)
-        axes.set_xlabel(f"p·γ·ρ / {reference}'s (equal ones side by side)", fontsize=9)
         axes.set_title(f"{METRICS[metric]}, difference to {baseline}", fontsize=9)
         axes.grid(color="0.92")
         axes.set_axisbelow(True)
-    methods = [name for name in COLOURS if name in set(frame["method"])]
-    handles = [Line2D([], [], color=COLOURS[name], marker="s", ls="", label=name) for name in methods]
+    drawn.supxlabel(
+        f"p·γ·ρ relative to that of {reference} (equal ones side by side); 95 % intervals", fontsize=9
+    )
+    names = {name: name.upper().replace("GRST", "G-RST") for name in COLOURS if name in set(frame["method"])}
+    handles = [Line2D([], [], color=COLOURS[k], marker="s", ls="", label=name) for k, name in names.items()]
     handles += [
         Line2D([], [], color="0.4", marker=m, ls="", label=f"SAM steps {k}") for k, m in MARKERS.items()
     ]

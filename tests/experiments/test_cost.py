@@ -33,6 +33,13 @@ def test_operations_of_a_network_by_hand():
     assert cost.disk_bytes == 16 * sum(p.numel() for p in timm.create_model("cifar_vgg16_bn").parameters())
 
 
+def test_a_model_needs_no_partial():
+    """As train.py needs none."""
+    config = config_of("dataset=cifar10", "model=resnet8")
+    model = {key: value for key, value in config["model"].items() if key != "_partial_"}
+    assert cost_of({**config, "model": model}) == cost_of(config)
+
+
 @pytest.mark.parametrize(
     ("overrides", "size"),
     [

@@ -173,6 +173,19 @@ def test_a_seed_is_a_part_of_the_data_under_folds(conf):
     assert "folds 10" in table.columns[0].setting and "fold 2" not in table.columns[0].setting
 
 
+def test_seeds_on_one_part_are_no_parts(conf):
+    folder = conf()
+    (folder / "columns" / "cpu.yaml").write_text((CONF / "columns" / "cpu.yaml").read_text())
+    (table,), _ = gather(["t"], folder, "cpu", ["dataset.folds=5", "dataset.fold=7"])
+    assert {row.folds for row in table.columns[0].rows} == {None}  # seed 7's part is its number
+    assert "fold 7" in table.columns[0].setting
+
+
+def test_without_a_protocols_seeds_there_is_one():
+    (cell,) = cells_of(["method=sgd"])
+    assert cell.run.config["seed"] == 0
+
+
 def test_rows_of_more_or_fewer_epochs(conf):
     rows = [SGD, {"label": "longer", "overrides": ["method=sgd"], "epochs_factor": 1.5}, SAM]
     (table,), cells = gather(["t"], conf(rows=rows), "quick", ["epochs=5", "seed=0"])

@@ -90,6 +90,9 @@ def test_rows_with_several_runs_of_a_part_are_named():
     asked.columns[0].rows[1] = replace(asked.columns[0].rows[1], folds=3)
     assert "SAM: a seed's value is the mean of several runs." in page_of(asked)
     assert "several runs" not in page_of()
+    without = [one for one in results() if one["id"] != "rsam4"]  # of the part that has seed 1's run
+    assert "SAM: some of its runs have not finished." in page_of(asked, without)
+    assert "have not finished" not in page_of(asked)
 
 
 def test_a_difference_over_fewer_seeds_says_so():
