@@ -36,7 +36,7 @@ def strength(results: pd.DataFrame) -> Figure:
         noise.plot(row.strength, predicted, "_", color="0.2", ms=14, zorder=1)
     mean.set(ylabel="mean ∇f", title="the bias depends on pγρ alone")
     noise.set(ylabel="mean (∇f − predicted bias)²", title="the noise also on γ (— predicted)")
-    _legend(figure, [_handle(f"p = {p:g}", COLOURS[p]) for p in sorted(set(results["p"]))])
+    _legend(figure, [_handle(f"p = {p:g}", COLOURS[p], marker=_marker(p)) for p in sorted(set(results["p"]))])
     for axes in (mean, noise):
         axes.set_xlabel("strength pγρ")
     return _titled(figure, f"½θ², RST with plain SGD, α = 0.005, filled: skewed noise; {LEVEL}")
@@ -73,9 +73,11 @@ def rate(rates: pd.DataFrame, floors: pd.DataFrame) -> Figure:
     floor.set_xticks([0.05, 0.1, 0.2, 0.4], ["0.05", "0.1", "0.2", "0.4"])
     floor.set_xticks([], minor=True)
     handles = [_handle(name, colour, line="-") for name, colour in OF_SCHEDULES.items()]
-    handles += [_handle("ρ ∝ T^−½", "0.4", line="-"), _handle("ρ = 0.8", "0.4", line="--")]
-    handles += [_handle(f"floor: p = {p:g}", COLOURS[p]) for p in (0.25, 0.5, 1.0)]
-    handles += [Line2D([], [], color=COLOURS[0.5], marker="o", mfc="white", ls="", label="rising, falling")]
+    handles += [_handle(r"ρ ∝ $T^{-1/2}$", "0.4", line="-"), _handle("ρ = 0.8", "0.4", line="--")]
+    handles += [_handle(f"floor: p = {p:g}", COLOURS[p], marker=_marker(p)) for p in (0.25, 0.5, 1.0)]
+    hollow = _handle("floor: falling, rising", COLOURS[0.5], marker=_marker(0.5))
+    hollow.set_markerfacecolor("white")
+    handles.append(hollow)
     _legend(figure, handles)
     return _titled(figure, f"two-layer tanh network, batches of 8, RST with plain SGD; {LEVEL}")
 
@@ -117,9 +119,12 @@ def _panels(n: int, width: float = 4.2) -> tuple[Figure, list[Axes]]:
 
 
 def _look(p: float, filled: bool) -> dict[str, Any]:
-    marker = MARKERS[sorted(COLOURS).index(p)]
     colour = COLOURS[p]
-    return {"color": colour, "marker": marker, "mfc": colour if filled else "white", "ms": 5, "lw": 1.2}
+    return {"color": colour, "marker": _marker(p), "mfc": colour if filled else "white", "ms": 5, "lw": 1.2}
+
+
+def _marker(p: float) -> str:
+    return MARKERS[sorted(COLOURS).index(p)]
 
 
 def _handle(label: str, colour: str, line: str = "", marker: str = "o") -> Line2D:
