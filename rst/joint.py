@@ -105,7 +105,8 @@ class Joint(Optimizer):
         first = 0  # the number of a base's first parameter
         for base in self.bases:
             part = base.state_dict()
-            numbered = {i + first: value for i, value in part["state"].items()}
+            # Some bases, MADGRAD for one, have other keys, too.
+            numbered = {i + first if isinstance(i, int) else i: value for i, value in part["state"].items()}
             groups = [
                 {**group, "params": [i + first for i in group["params"]], "rst": self.extra_state()}
                 for group in part["param_groups"]
@@ -130,7 +131,7 @@ class Joint(Optimizer):
         for base in self.bases:
             part, groups = groups[: len(base.param_groups)], groups[len(base.param_groups) :]
             numbers = {i for group in part for i in group["params"]}
-            state = {i: value for i, value in state_dict["state"].items() if i in numbers}
+            state = {i: v for i, v in state_dict["state"].items() if i in numbers or not isinstance(i, int)}
             part = [{**group, "rst": {}} for group in part]
             base.load_state_dict({**state_dict, "state": state, "param_groups": part})
         self.load_extra_state(extra[0])

@@ -292,7 +292,7 @@ class RST(Joint):
         by = self.sampling, self.schedule, self.total_steps, self.seed
         if by != self._drawn_by:  # somebody has changed an attribute
             self._drawn_by, self._is_drawn = by, decider(*by)
-        return self._is_drawn(self.steps)
+        return bool(self._is_drawn(self.steps))  # whatever a schedule returns
 
     def _confirm(self) -> bool:
         """After the clean pass of what is to be a SAM step, with ∇L(θ) in `.grad`: whether it is one."""
@@ -346,4 +346,5 @@ class RST(Joint):
                 setattr(self, name, saved[name])
             elif saved[name] != value:
                 warnings.warn(f"the saved run had {name}={saved[name]}, this one has {value}", stacklevel=3)
-        self.has_gradient = False
+        if self.has_gradient:  # of a step that will not be taken
+            self.zero_grad()

@@ -43,7 +43,7 @@ def true_gradient(module: nn.Module | None) -> Iterator[None]:
 def buffers_kept(module: nn.Module | None) -> Iterator[None]:
     """On leaving, all buffers of `module`, such as BatchNorm's running statistics, are what they were."""
     kept = [
-        (layer, name, buffer, None if _is_expanded(buffer) else buffer.clone())
+        (layer, name, buffer, buffer.clone() if _is_writable(buffer) else None)
         for layer in _modules(module)
         for name, buffer in layer._buffers.items()
         if buffer is not None
@@ -120,7 +120,7 @@ def require_gradients(grads: list[Tensor]) -> None:
 @contextmanager
 def accumulating(parameters: list[Tensor], is_local: bool) -> Iterator[None]:
     """On leaving, the gradients are the sum of those on entering and those computed inside, also where
-    `zero_grad` is called inside. That is seen when the first gradient of a parameter arrives.
+    `zero_grad` is called inside. That is seen when the first gradient of a backward pass arrives.
 
     Args:
         parameters: all have a gradient.
@@ -140,6 +140,8 @@ def accumulating(parameters: list[Tensor], is_local: bool) -> Iterator[None]:
         nonlocal zeroed
         if zeroed is None:
             zeroed = {p for p, (grad, versions) in held.items() if _is_zeroed(p, grad, versions[0])}
+        else:  # another backward pass of the body
+            zeroed |= {p for p in held if p.grad is None}
 
     handle = register_multi_grad_hook(parameters, look, mode="any")
     try:
@@ -156,13 +158,14 @@ def accumulating(parameters: list[Tensor], is_local: bool) -> Iterator[None]:
         if is_local or p.grad is grad or versions_of(grad) != versions:
             raise RuntimeError(
                 "the second pass adds to the gradients of the first, as gamma is not 1, but they were zeroed "
-                "in place (set_to_none=False) or under DistributedDataParallel: remove zero_grad() from the "
-                "loop over passes() or from the closure"
+                "in place (set_to_none=False), after another backward() or under DistributedDataParallel: "
+                "remove zero_grad() from the loop over passes() or from the closure"
             )
         with torch.no_grad():
             p.grad = grad if p.grad is None else p.grad.add_(grad)  # type: ignore[arg-type]
 
 
+@torch.compiler.disable  # in a compiled backward pass, versions are not what they are
 def _is_zeroed(p: Tensor, grad: Tensor | None, version: int) -> bool:
     """Whether `grad` of that version was zeroed, or set to None, since it was the gradient of p."""
     if p.grad is grad:
@@ -290,11 +293,12 @@ def set_random_state(states: RandomState) -> None:
             torch.get_device_module(device).set_rng_state(state, device)
 
 
-def _is_expanded(tensor: Tensor) -> bool:
-    """Whether some of its elements share memory, as `expand` makes them, so that nothing can write to it."""
-    return tensor.layout == torch.strided and any(
+def _is_writable(tensor: Tensor) -> bool:
+    """Not if made under `torch.inference_mode`, or if some elements share memory, as `expand` makes them."""
+    expanded = tensor.layout == torch.strided and any(
         size > 1 and step == 0 for size, step in zip(tensor.shape, tensor.stride(), strict=True)
     )
+    return not (expanded or tensor.is_inference())
 
 
 def _modules(module: nn.Module | None) -> Iterable[nn.Module]:

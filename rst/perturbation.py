@@ -92,6 +92,7 @@ class Perturbation:
             torch._foreach_copy_([local(p) for p in self._overwritten], copies)
         self._swapped, self._overwritten = [], []
 
+    @torch.compiler.disable  # in a compiled training step it would lose θ
     def _swap(self, p: Tensor) -> None:
         p.data, self._copies[p] = self._copies[p], p.data
 

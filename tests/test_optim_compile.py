@@ -1,8 +1,8 @@
-"""RST with a compiled model. What needs a GPU is in test_optim_cuda.py."""
+"""RST with a compiled model, and in a compiled training step. What needs a GPU is in test_optim_cuda.py."""
 
 import pytest
 import torch
-from reference import assert_close, network, sgd, state, take_steps
+from reference import assert_close, loss_of, network, sgd, state, take_steps
 
 from rst import RST
 
@@ -25,3 +25,34 @@ def test_compiled_steps_equal_eager_ones(gamma):
             take_steps(model, optimizer, STEPS, dtype=torch.float32)
         assert 0 < optimizer.sam_steps < STEPS
     assert_close(*map(state, models), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:Dynamo does not know how to trace")
+@pytest.mark.parametrize("gamma", [1.0, 2.0])
+@pytest.mark.parametrize("compiled", ["step", "body"])
+def test_compiled_training_equals_eager_training(compiled, gamma):
+    """The whole step, or forward and backward together."""
+    torch.compiler.reset()
+    model, other = network(plain=True), network(plain=True)
+    optimizers = [
+        RST(sgd(m.parameters()), 0.5, STEPS, rho=0.3, gamma=gamma, module=m) for m in (model, other)
+    ]
+
+    def body(t):
+        loss_of(model, t)
+
+    if compiled == "body":
+        body = torch.compile(body, backend="aot_eager")
+
+    def step(t):
+        for _ in optimizers[0].passes():
+            body(t)
+        optimizers[0].step()
+
+    if compiled == "step":
+        step = torch.compile(step, backend="aot_eager")
+    for t in range(STEPS):
+        step(t)
+    take_steps(other, optimizers[1], STEPS)
+    assert 0 < optimizers[0].sam_steps == optimizers[1].sam_steps
+    assert_close(state(model), state(other), rtol=1e-12, atol=1e-12)

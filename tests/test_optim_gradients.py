@@ -166,6 +166,28 @@ def test_closure_that_zeroes_in_place_loses_the_clean_gradient(gamma, first_pass
     optimizer.step(lambda: loss_of(model, 0))
 
 
+def test_zeroing_after_another_backward_pass():
+    """As where the gradient of a layer is looked at first: where it touched no .grad it makes no difference,
+    and else it is refused, unless γ is 1."""
+
+    def closure(model, look):
+        loss = loss_of(model, 1) if look == "backward" else None
+        if look == "grad":
+            torch.autograd.grad(model(batches()[0][1]).sum(), model[2].weight)
+        model.zero_grad()
+        loss_of(model, 0)
+        return loss
+
+    for gamma, look in (1.0, "backward"), (1.0, "grad"), (2.0, "grad"):
+        model, other = network(plain=True), network(plain=True)
+        sam(model, gamma=gamma).step(lambda m=model, look=look: closure(m, look))
+        sam(other, gamma=gamma).step(lambda m=other: loss_of(m, 0))
+        assert_close(state(model), state(other), rtol=1e-12, atol=1e-12)
+    model = network(plain=True)
+    with pytest.raises(RuntimeError, match="after another backward"):
+        sam(model, gamma=2.0).gradient(lambda: closure(model, "backward"))
+
+
 def test_gradients_in_one_flat_buffer():
     """They share their count of changes: the arrival of one is not taken for the zeroing of another."""
     model, other = network(plain=True), network(plain=True)

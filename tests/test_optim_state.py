@@ -217,9 +217,43 @@ def test_resuming_the_same_run_does_not_warn():
 
 
 def test_a_state_with_numpy_s_integers_can_be_loaded(tmp_path):
-    optimizer = RST(sgd(network().parameters()), 0.5, total_steps=np.int64(40), seed=np.int64(1))
+    model = network()
+    schedule = lambda t, total_steps: np.interp(t, [0, total_steps], [0.5, 1.0])  # noqa: E731
+    optimizer = RST(sgd(model.parameters()), schedule, total_steps=np.int64(40), seed=np.int64(1))
+    take_steps(model, optimizer, 10)
     torch.save(optimizer.state_dict(), tmp_path / "state.pt")
     optimizer.load_state_dict(torch.load(tmp_path / "state.pt"))
+
+
+class Counting(torch.optim.SGD):
+    """Has a counter beside the states of its parameters, as MADGRAD does."""
+
+    def step(self, closure=None):
+        self.state["k"] = self.state.get("k", 0) + 1
+        return super().step(closure)
+
+
+def test_state_of_a_base_that_is_no_parameter_s():
+    models = network(), network()
+    optimizer, resumed = (
+        RST([sgd(models[0].parameters()), Counting(models[1].parameters(), lr=0.1)], 0.5, 40)
+        for _ in range(2)
+    )
+    for _ in range(3):
+        optimizer.step(lambda: [loss_of(model, 0) for model in models])
+    resumed.load_state_dict(optimizer.state_dict())
+    assert resumed.bases[1].state["k"] == 3
+
+
+def test_going_back_to_a_checkpoint_after_the_loop():
+    """As after a loss that is not finite: the gradient of the step that is not taken is dropped."""
+    model = network()
+    optimizer = RST(sgd(model.parameters()), 0.5, 40, module=model)
+    saved = copy.deepcopy(optimizer.state_dict())
+    optimizer.gradient(lambda: loss_of(model, 0))
+    optimizer.load_state_dict(saved)
+    optimizer.step(lambda: loss_of(model, 0))
+    assert optimizer.steps == 1
 
 
 def test_pickle():
