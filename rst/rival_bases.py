@@ -32,9 +32,11 @@ class Remembering(RST):
 
     def _after_step(self) -> None:
         if self._remembers():  # only now, as some bases take a state that is not empty for their own
-            for p in self._parameters():
-                if p in self._new:
+            for p in (p for group in self.param_groups for p in group["params"]):
+                if p.grad is not None and p in self._new:
                     self.state[p][self.KEY] = self._new[p]
+                elif self._new and (old := self._remembered(p)) is not None:
+                    local(old).zero_()  # it had no gradient when the others' was found
                 elif p.grad is not None:
                     self.state[p].setdefault(self.KEY, torch.zeros_like(p))
         self._new = {}
@@ -67,15 +69,16 @@ class Reusing(Remembering):
 
     @contextmanager
     def _combine(self, is_local: bool) -> Iterator[None]:
-        parameters = [p for p in self._parameters() if p.grad is not None] if self._remembers() else []
+        parameters = list(self._parameters()) if self._remembers() else []
         # Copies, as DistributedDataParallel may have the next gradients in the same memory.
-        clean = [p.grad.clone() for p in parameters]  # type: ignore[union-attr]
+        clean = {p: p.grad.clone() for p in parameters if p.grad is not None}
         with super()._combine(is_local):
             yield
         if self._remembers():
+            perturbed = {p: p.grad for p in parameters if p.grad is not None}
+            self._new = {p: clean[p] if p in clean else torch.zeros_like(p) for p in perturbed}
             with torch.no_grad():
-                self._find(clean, [p.grad for p in parameters])  # type: ignore[misc]
-            self._new = dict(zip(parameters, clean, strict=True))
+                self._find([*self._new.values()], [*perturbed.values()])
 
     @torch.no_grad()
     def _complete(self) -> None:

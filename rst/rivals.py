@@ -1,8 +1,7 @@
 """Other ways of saving SAM's second propagation, each a small class over `RST` and under its interface.
 
 A method differs from RST in when it takes a SAM step (`_decide`, `_confirm`), in the direction of ε, or in
-what it makes of the gradients (`_combine` in a SAM step, `_complete` in a plain one). docs/rivals.md compares
-the methods, and shows how to add another.
+what it makes of the gradients (`_combine`, in plain steps `_complete`). docs/rivals.md shows how to add one.
 
 In the formulas g = ∇L(θ), g_s = ∇L(θ + ε), and ε = ρ g/‖g‖ unless another is given; norms and products are
 over all parameters together. Constants marked † are quoted from memory. Arguments that are not explained are
@@ -14,6 +13,7 @@ import math
 from collections.abc import Generator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.amp import GradScaler
 
@@ -247,9 +247,9 @@ class PartialAscent(RST):
             seed=seed,
         )
         self.fraction = fraction
-        self._ascends = False
-        self._asked = 0, 0  # images of the part and of the batch, in this ascent
+        self._ascends, self._asked = False, (0, 0)  # images of the part and of the batch, in this ascent
 
+    @torch.compiler.disable  # in a compiled body it would lose what was asked
     def images(self, n: int) -> int:
         if not self._ascends:
             return n

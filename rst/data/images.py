@@ -28,6 +28,11 @@ class ImageData:
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
+    def __post_init__(self) -> None:
+        for images in (self.train_images, self.test_images):
+            if isinstance(images, torch.Tensor) and images.dtype != torch.uint8:
+                raise ValueError(f"images must be uint8, 0 to 255, got {images.dtype}")
+
     def to(self, device: torch.device | str) -> "ImageData":
         """The same data on `device`, still uint8: a quarter of float's memory and transfer. Streamed images
         are sent there batch by batch."""

@@ -108,9 +108,10 @@ def _model_size(key: str) -> tuple[float, int]:
     """Floating-point operations of one image's forward and backward pass, taken as three times those of the
     forward pass, and the number of parameters. `key`: the model's node and [channels, side, classes]."""
     node, (channels, side, classes) = json.loads(key)
-    # `create` passes one image through the model.
-    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+    with torch.device("meta"), torch.no_grad():
         model = part(node)(num_classes=classes, in_chans=channels, image_size=(side, side))
+        with FlopCounterMode(display=False) as counter:
+            model.eval()(torch.zeros(1, channels, side, side))
     return 3.0 * counter.get_total_flops(), sum(p.numel() for p in model.parameters())
 
 

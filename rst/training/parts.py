@@ -75,11 +75,20 @@ def _named(group: str) -> Iterator[None]:
 
 
 def new_model(config: Mapping[str, Any], data: Any) -> nn.Module:
-    """The run's model as it is before the first step, on the CPU."""
+    """The run's model as it is before the first step, on the CPU.
+
+    Raises:
+        ValueError: it does not return a number for each class.
+    """
     torch.manual_seed(draw(config["seed"], "init"))
     _, channels, height, width = data.train_images.shape
     build = part(config["model"])
     model = build(num_classes=len(data.classes), in_chans=channels, image_size=(height, width))
+    with torch.no_grad():
+        logits = model.eval()(torch.zeros(1, channels, height, width))
+    model.train()
+    if logits.shape != (1, n := len(data.classes)):
+        raise ValueError(f"the model returns {tuple(logits.shape)} for one image, not (1, {n})")
     return model.to(memory_format=torch.channels_last if config["channels_last"] else torch.preserve_format)
 
 

@@ -1,5 +1,7 @@
 """What every data set shares: splits, label noise, statistics."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import scipy.stats
@@ -32,6 +34,11 @@ def numbered(counts: list[int], shuffle: bool = True) -> ImageData:
 def index_of(pixels: torch.Tensor) -> torch.Tensor:
     high, middle, low = pixels.long()[:, :, 0, 0].unbind(1)
     return high * 65536 + middle * 256 + low
+
+
+def test_images_of_another_type_are_refused():
+    with pytest.raises(ValueError, match=r"uint8.*float32"):
+        replace(numbered([1]), train_images=torch.zeros(1, 3, 1, 1))
 
 
 def test_validation_of_50000_randomly_ordered_images_is_the_last_5000() -> None:

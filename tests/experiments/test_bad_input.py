@@ -111,6 +111,11 @@ PRESETS = {  # a file of the user's own: its group, its content
     "not global": ("protocol", "epochs: 3", "its file must begin with '# @package _global_'"),
     "broken YAML": ("protocol", GLOBAL + "epochs: [3\nseed: {", 'in "{file}", line 2, column 9'),
     "no target": ("model", "name: resnet8", "model: a _target_ is needed"),
+    "other outputs": (
+        "model",
+        "_target_: torch.nn.Identity",
+        "returns (1, 1, 8, 8) for one image, not (1, 10)",
+    ),
     "unknown module": ("model", "_target_: nothere.create", "nothere.create"),
     "missing argument": ("schedule", "_target_: rst.Linear\nstart: 0", "schedule.end: Field required"),
 }

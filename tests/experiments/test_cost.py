@@ -6,6 +6,7 @@ import pytest
 import timm
 from conftest import ROOT
 from hydra import initialize_config_dir
+from torch import nn
 
 import rst.models  # noqa: F401  registers the models
 from rst.data import digits
@@ -33,11 +34,14 @@ def test_operations_of_a_network_by_hand():
     assert cost.disk_bytes == 16 * sum(p.numel() for p in timm.create_model("cifar_vgg16_bn").parameters())
 
 
-def test_a_model_needs_no_partial():
-    """As train.py needs none."""
-    config = config_of("dataset=cifar10", "model=resnet8")
-    model = {key: value for key, value in config["model"].items() if key != "_partial_"}
-    assert cost_of({**config, "model": model}) == cost_of(config)
+def linear(num_classes, in_chans, image_size):
+    return nn.Sequential(nn.Flatten(), nn.Linear(in_chans * image_size[0] * image_size[1], num_classes))
+
+
+def test_operations_of_a_model_of_one_s_own():
+    model = {"_target_": f"{__name__}.linear"}  # _partial_ is not needed, as train.py needs none
+    cost = cost_of({**config_of("dataset=cifar10"), "model": model})
+    assert cost.flops == 3 * 2 * 3 * 32 * 32 * 10
 
 
 @pytest.mark.parametrize(
