@@ -62,8 +62,7 @@ def task(function: Callable[[DictConfig], object]) -> Callable[[DictConfig], Non
 
     @wraps(function)
     def wrapped(cfg: DictConfig) -> None:
-        if multiprocessing.current_process().name != "MainProcess":
-            end_with_parent()
+        end_with_parent()
         from rst.training import distributed
 
         if not distributed.is_first():
@@ -83,12 +82,15 @@ def task(function: Callable[[DictConfig], object]) -> Callable[[DictConfig], Non
 
 @cache
 def end_with_parent() -> None:
-    """End this process when the launcher that started it is gone: joblib's processes would outlive a killed
-    driver, and keep their memory, for ever. The run has half a minute to finish its step and save."""
-    parent = os.getppid()
+    """End a process of a launcher's when the one that started it is gone, even if it was before this call:
+    joblib's would outlive a killed driver, and keep their memory, for minutes. The run has half a minute to
+    finish its step and save."""
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        return
 
     def watch() -> None:
-        while os.getppid() == parent:
+        while os.getppid() == parent.pid:
             time.sleep(1)
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(30)

@@ -241,6 +241,29 @@ def test_a_driver_that_ends_early_loses_and_repeats_nothing(reproduced, tmp_path
     pd.testing.assert_series_equal(losses(tmp_path), losses(reproduced[0]))
 
 
+ORPHAN = """
+import multiprocessing, os, time
+from rst.experiments.command_line import end_with_parent
+
+def work():
+    while os.getppid() == multiprocessing.parent_process().pid:
+        time.sleep(0.05)
+    end_with_parent()
+    time.sleep(100)
+
+if __name__ == "__main__":
+    multiprocessing.get_context("spawn").Process(target=work).start()
+    os._exit(0)
+"""
+
+
+def test_a_process_that_begins_after_its_driver_was_killed_ends(tmp_path):
+    (tmp_path / "driver.py").write_text(ORPHAN)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    # Returns when all that hold its pipes have ended.
+    subprocess.run([sys.executable, tmp_path / "driver.py"], env=environment, capture_output=True, timeout=60)
+
+
 def test_two_drivers_at_once_share_the_runs(reproduced, tmp_path, start):
     drivers = [start(tmp_path, "--launcher", "basic") for _ in range(2)]
     outcomes = [driver.communicate(timeout=300) for driver in drivers]
