@@ -218,7 +218,10 @@ def test_resuming_the_same_run_does_not_warn():
 
 def test_a_state_with_numpy_s_integers_can_be_loaded(tmp_path):
     model = network()
-    schedule = lambda t, total_steps: np.interp(t, [0, total_steps], [0.5, 1.0])  # noqa: E731
+
+    def schedule(step, total_steps):
+        return np.interp(step, [0, total_steps], [0.5, 1.0])
+
     optimizer = RST(sgd(model.parameters()), schedule, total_steps=np.int64(40), seed=np.int64(1))
     take_steps(model, optimizer, 10)
     torch.save(optimizer.state_dict(), tmp_path / "state.pt")

@@ -4,7 +4,7 @@ import argparse
 import itertools
 import re
 import shlex
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -223,7 +223,7 @@ def gather(
                 folds = _folds([cell.run for cell in own])
                 rows.append(Row(row.label, command, runs, row.published, row.source, factor, folds))
                 if row.label == spec.baseline:
-                    setting = _setting(run, protocol, {"root", "name", *(["fold"] if folds else [])})
+                    setting = _setting(run, protocol, folds)
             columns.append(Column(shown, setting, rows, run.split))
         metrics = None if spec.metrics is None else tuple(spec.metrics)
         try:
@@ -247,15 +247,15 @@ def _folds(runs: Sequence[Run]) -> int | None:
     return runs[0].config["dataset"].get("folds") if follow else None
 
 
-def _setting(run: Run, protocol: str, unsaid: Collection[str]) -> str:
-    """Data, model and augmentation, each with the values that are not its option's, but for the keys in
-    `unsaid`; epochs and batch size."""
+def _setting(run: Run, protocol: str, folds: int | None) -> str:
+    """Data, model and augmentation, each with the values that are not its option's; epochs and batch size."""
     plain, _ = _compose([f"{group}={run.choices[group]}" for group in SETTING])
+    said = {"root", "name", *(["fold"] if folds else [])}
     parts = [f"Protocol {protocol}"]
     for group in SETTING:
         default: Any = OmegaConf.to_container(plain[group], resolve=True)
         node = run.config[group].items()
-        changed = [f"{k} {v}" for k, v in node if v != default.get(k) and k not in unsaid]
+        changed = [f"{k} {v}" for k, v in node if v != default.get(k) and k not in said]
         parts.append(f"{group} {run.choices[group]}" + (f" ({', '.join(changed)})" if changed else ""))
     return ", ".join([*parts, f"{run.config['epochs']} epochs", f"batch size {run.config['batch_size']}"])
 

@@ -161,8 +161,11 @@ def _with_pairs(frame: pd.DataFrame, summary: Summary) -> pd.DataFrame:
 
 
 def _family(frame: pd.DataFrame) -> pd.Series:
-    """What a row's label begins with, before a comma or a factor on its epochs."""
-    return frame["label"].str.split(", | × ", regex=True).str[0]
+    """What a row's label begins with, before a comma or a factor on its epochs; where another method begins
+    so, too (RST and G-RST), with the label's end."""
+    names = frame["label"].str.split(", | × ", regex=True).str[0]
+    first = frame.groupby(names, sort=False)["method"].transform("first")
+    return names.where(frame["method"] == first, names + ", " + frame["label"].str.split(", ").str[-1])
 
 
 def training_curves(summary: Summary, frame: pd.DataFrame, curves: pd.DataFrame) -> Figure:

@@ -268,13 +268,10 @@ def _remarks(summary: Summary) -> list[str]:
         remarks.append(
             f"† Fewer than {MIN_SEEDS} {summary.unit}s, hollow in figures: no ground for a comparison."
         )
+    halves = (frame["status"] == "partial") & (frame["test_error.n"] == frame["n_expected"])
+    if halves.any():
+        remarks.append(f"{', '.join(frame.loc[halves, 'label'])}: some of its runs have not finished.")
     rows = frame.to_dict("records")
-    missing = [
-        row["label"]
-        for row in rows
-        if row["status"] == "partial" and row["test_error.n"] == row["n_expected"]
-    ]
-    remarks += [f"{', '.join(missing)}: some of its runs have not finished."] * bool(missing)
     several = [row["label"] for row in rows if len(row["runs"].split()) > row["test_error.n"]]
     if several:
         remarks.append(f"{', '.join(several)}: a {summary.unit}'s value is the mean of several runs.")

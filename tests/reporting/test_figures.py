@@ -101,6 +101,16 @@ def test_methods_at_several_costs_have_a_line_each():
     assert lines["RST"].get_xdata().tolist() == pytest.approx([eta / 2, eta, eta])
     assert lines["RST"].get_ydata().tolist() == pytest.approx([1] * 3)
     assert sorted(lines["SAM"].get_ydata().tolist()) == [0, 0, 0]
+    runs |= {"RST, c, γ = 2": {seed: run.replace("rrst", "rgrst") for seed, run in runs["RST"].items()}}
+    asked.columns[0].rows.append(Row("RST, c, γ = 2", "", runs["RST, c, γ = 2"]))
+    strong = [
+        one | {"id": one["id"].replace("rrst", "rgrst"), "choices": {**one["choices"], "method": "grst"}}
+        for one in results()
+        if one["choices"]["method"] == "rst"
+    ]
+    axes = figures_of(asked, [*results(), *strong])["cost"].axes[0]
+    labels = [container.get_label() for container in axes.containers]
+    assert labels == ["SGD", "SAM", "RST", "RST, γ = 2"]
 
 
 def test_curves_are_means_over_seeds():
