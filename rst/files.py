@@ -1,4 +1,4 @@
-"""Writing files so that a crash leaves the old one or the new one, never a part."""
+"""Writing files so that a crash leaves the old one or the new one, never a part of one."""
 
 import os
 from collections.abc import Callable
@@ -9,6 +9,8 @@ from typing import IO
 def write_atomically(path: Path, write: Callable[[IO[bytes]], object], keep: Path | None = None) -> None:
     """Write to a temporary file beside `path`, flush it to the disk, and put it in `path`'s place; what was
     there before becomes `keep`, where given.
+
+    A crash between the two renamings leaves what was there as `keep` alone.
 
     Raises:
         OSError: when it cannot be written, on a full disk say; `path` is then as it was.

@@ -180,7 +180,8 @@ def _check(bases: list[Any]) -> None:
             )
         if any(isinstance(value, Optimizer) for value in vars(base).values()) or isinstance(base, Joint):
             raise TypeError(
-                f"{name} wraps an optimizer: give RST the inner one (Lookahead and the like go around RST)"
+                f"{name} wraps an optimizer: give RST the inner one (Lookahead and the like go around RST; "
+                "fully_shard takes ZeroRedundancyOptimizer's place)"
             )
         closure = inspect.signature(base.step).parameters.get("closure")
         if closure is not None and closure.default is closure.empty:

@@ -20,6 +20,7 @@ from rst.passes import (
     can_skip_averaging,
     check_module,
     devices_of,
+    gathered_anew,
     gradients_kept,
     mixed,
     random_state,
@@ -80,8 +81,7 @@ class RST(Joint):
             the weights of the latter mix.
         sync_perturbation: under DistributedDataParallel, average ∇L(θ) over the ranks before ε is taken.
             Otherwise each rank perturbs along the gradient of its own part of the batch (m-sharpness) and a
-            SAM step all-reduces once, as the authors do. With sharded parameters (`fully_shard`) it is always
-            averaged.
+            SAM step all-reduces once, as the authors do. With `fully_shard` it is always averaged.
         sampling: "independent" throws a coin at each step; "systematic" spreads the SAM steps evenly at the
             same p(t), so that their number is within 1 of Σ p(t), see `rst.schedule.Systematic`.
         module: the model, wrapped in DistributedDataParallel where it is, for its buffers, its
@@ -161,7 +161,7 @@ class RST(Joint):
 
     @property
     def expected_propagations(self) -> float | None:
-        """Of the whole run; None where only the run can tell."""
+        """Expected number of propagations of the whole run; None where only the run can tell."""
         return expectation_of(self.schedule, self.total_steps)
 
     @property
@@ -240,7 +240,7 @@ class RST(Joint):
 
     def _passes(self) -> Generator[Pass, None, None]:
         if not self._ranks_agree:
-            require_same_coins(self.module, self.extra_state())
+            require_same_coins(self.module, self._parameters(), self.extra_state())
             self._ranks_agree = True
         is_sam = self._decide()
         self._spent.refuse_to_drop(self._gradients(), self.has_gradient)
@@ -265,8 +265,8 @@ class RST(Joint):
         module: Any = self.module
         of_module = [] if module is None else list(module.parameters())
         before = random_state(devices_of([*self._parameters(), *of_module], module))
-        own = {id(p) for group in self.param_groups for p in group["params"]}
-        others = [p for p in of_module if p.requires_grad and id(p) not in own]
+        optimized = {id(p) for group in self.param_groups for p in group["params"]}
+        others = [p for p in of_module if p.requires_grad and id(p) not in optimized]
         is_local = not self.sync_perturbation and can_skip_averaging(module, self._parameters(), bool(others))
         shake = true_gradient(None if self.decides_late else module)
         with shake, module.no_sync() if is_local else nullcontext():
@@ -279,7 +279,7 @@ class RST(Joint):
         try:
             with self._perturbation.applied(list(self._groups()), self.adaptive), self._combine(is_local):
                 set_random_state(before)
-                with buffers_kept(module), gradients_kept(others):
+                with gathered_anew(module), buffers_kept(module), gradients_kept(others):
                     yield "perturbed"
         finally:
             set_random_state(after)

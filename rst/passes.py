@@ -59,6 +59,20 @@ def buffers_kept(module: nn.Module | None) -> Iterator[None]:
 
 
 @contextmanager
+def gathered_anew(module: nn.Module | None) -> Iterator[None]:
+    """Inside and afterwards, forward passes gather fully_shard's parameters from their shards, also where the
+    one before was followed by no backward pass and left them gathered."""
+    layers: list[Any] = [layer for layer in _modules(module) if hasattr(layer, "reshard")]
+    try:
+        for layer in layers:
+            layer.reshard()
+        yield
+    finally:
+        for layer in layers:
+            layer.reshard()
+
+
+@contextmanager
 def gradients_kept(parameters: Iterable[Tensor]) -> Iterator[None]:
     """On leaving, the parameters' gradients are those from before."""
     kept = [(p, p.grad) for p in parameters]
@@ -214,17 +228,23 @@ class Spent:
             )
 
 
-def require_same_coins(module: Any, state: dict[str, Any]) -> None:
-    """Raises ValueError on all ranks of DistributedDataParallel if they do not have the same coin: some steps
-    would then average gradients at θ with gradients at θ + ε."""
+def require_same_coins(module: Any, parameters: Iterable[Tensor], state: dict[str, Any]) -> None:
+    """Raises ValueError on all ranks of DistributedDataParallel, or of the DTensors' mesh, if they do not
+    have the same coin: they would average gradients at θ with gradients at θ + ε, or wait for ever."""
     module = getattr(module, "_orig_mod", module)  # of torch.compile
-    if not isinstance(module, DistributedDataParallel):
+    sharded: Any = next(filter(is_sharded, parameters), None)
+    if isinstance(module, DistributedDataParallel):
+        groups, device = [module.process_group], next(module.parameters()).device
+    elif sharded is not None:
+        mesh = sharded.device_mesh
+        groups, device = mesh.get_all_groups(), mesh.device_type
+    else:
         return
     coin = {name: state[name] for name in ("steps", "total_steps", "seed", "schedule")}
     number = zlib.crc32(repr(coin).encode())
-    device = next(module.parameters()).device
     largest = torch.tensor([number, -number], device=device)
-    dist.all_reduce(largest, dist.ReduceOp.MAX, group=module.process_group)
+    for group in groups:
+        dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
     if largest.sum() != 0:
         raise ValueError(f"the ranks must take the same SAM steps, but do not agree in all of these: {coin}")
 

@@ -12,7 +12,7 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from rst.optim import RST, Pass
-from rst.passes import require_gradients
+from rst.passes import gathered_anew, require_gradients
 from rst.perturbation import local
 from rst.schedule import Constant, Schedule, Warmup
 
@@ -33,12 +33,13 @@ class Remembering(RST):
     def _after_step(self) -> None:
         if self._remembers():  # only now, as some bases take a state that is not empty for their own
             for p in (p for group in self.param_groups for p in group["params"]):
+                old = self._remembered(p)
                 if p.grad is not None and p in self._new:
                     self.state[p][self.KEY] = self._new[p]
-                elif self._new and (old := self._remembered(p)) is not None:
+                elif self._new and old is not None:
                     local(old).zero_()  # it had no gradient when the others' was found
-                elif p.grad is not None:
-                    self.state[p].setdefault(self.KEY, torch.zeros_like(p))
+                elif p.grad is not None and old is None:
+                    self.state[p][self.KEY] = torch.zeros_like(p)
         self._new = {}
 
     def _remembers(self) -> bool:
@@ -65,7 +66,7 @@ class Reusing(Remembering):
 
     @abstractmethod
     def _weight(self) -> Tensor:
-        """Of what is added, a scalar."""
+        """The factor of what is added to a plain step's gradient, a scalar."""
 
     @contextmanager
     def _combine(self, is_local: bool) -> Iterator[None]:
@@ -86,8 +87,8 @@ class Reusing(Remembering):
             return
         weight = self._weight()
         for p in self._parameters():
-            if p.grad is not None and (found := self._remembered(p)) is not None:
-                local(p.grad).addcmul_(local(found), weight.to(p.grad.device))
+            if p.grad is not None and (remembered := self._remembered(p)) is not None:
+                local(p.grad).addcmul_(local(remembered), weight.to(p.grad.device))
 
 
 class OnePass(RST):
@@ -98,7 +99,7 @@ class OnePass(RST):
 
     @abstractmethod
     def _direction(self, p: Tensor) -> Tensor | None:
-        """Of ε, up to its length."""
+        """The direction of ε for p; its length does not matter. None: p stays where it is."""
 
     @property
     def expected_propagations(self) -> float:
@@ -110,7 +111,7 @@ class OnePass(RST):
 
     def _sam_passes(self) -> Generator[Pass, None, bool]:
         groups = [(parameters, self.SIGN * rho) for parameters, rho in self._groups()]
-        with self._perturbation.applied(groups, self.adaptive, self._direction):
+        with self._perturbation.applied(groups, self.adaptive, self._direction), gathered_anew(self.module):
             yield "perturbed"
         require_gradients(self._gradients())
         self._complete()
@@ -125,8 +126,8 @@ def everywhere(method: RST, warmup_steps: int, schedule: object) -> Schedule:
 
 
 def loss_scale(scaler: GradScaler | None, like: Tensor) -> Tensor:
-    one = torch.ones((), device=like.device)
-    return one if scaler is None else scaler.scale(one)
+    unscaled = torch.ones((), device=like.device)
+    return unscaled if scaler is None else scaler.scale(unscaled)
 
 
 def check(name: str, value: float, is_good: bool, words: str) -> None:

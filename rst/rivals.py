@@ -5,8 +5,8 @@ what it makes of the gradients (`_combine`, in plain steps `_complete`). docs/ri
 
 In the formulas g = ∇L(θ), g_s = ∇L(θ + ε), and ε = ρ g/‖g‖ unless another is given; norms and products are
 over all parameters together. Constants marked † are quoted from memory. Arguments that are not explained are
-those of `RST`. What a method carries from one step to the next is in `state`, and changes in `step()`: a step
-that `GradScaler` skips leaves it as it was.
+those of `RST`. What a method carries from one step to the next is saved, and changes in `step()`: a step that
+`GradScaler` skips leaves it as it was.
 """
 
 import math
@@ -320,7 +320,7 @@ class MomentumSAM(OnePass):
 
 class StaleAscent(OnePass, Remembering):
     """ε = ρ g_{t−1}/‖g_{t−1}‖, along the last gradient that a step was made with (S²-SAM †); none in the
-    first step. Costs 1 propagation a step. Memory: beside SAM's, a copy of the parameters (g_{t−1}).
+    first step. Costs 1 propagation a step. Memory: beside SAM's, g_{t−1}, and g_t until `step()`.
 
     Args:
         warmup_steps: steps at the start whose gradient is taken at θ.

@@ -151,21 +151,21 @@ def left_by(folder: Path) -> dict[str, Any]:
     }
 
 
-def difference(found: Any, expected: Any, path: str = "") -> str | None:
+def difference(actual: Any, expected: Any, path: str = "") -> str | None:
     """Where two nested containers first differ, if only by a bit; None if they are equal."""
-    if isinstance(found, list | tuple) and type(found) is type(expected):
-        found, expected = dict(enumerate(found)), dict(enumerate(expected))
-    if isinstance(found, dict) and isinstance(expected, dict):
-        if one_sided := found.keys() ^ expected.keys():
+    if isinstance(actual, list | tuple) and type(actual) is type(expected):
+        actual, expected = dict(enumerate(actual)), dict(enumerate(expected))
+    if isinstance(actual, dict) and isinstance(expected, dict):
+        if one_sided := actual.keys() ^ expected.keys():
             return f"only one has {', '.join(f'{path}/{key}' for key in one_sided)}"
-        keys = [key for key in found if not DIFFERS_ANYWAY.fullmatch(str(key))]
-        each = (difference(found[key], expected[key], f"{path}/{key}") for key in keys)
+        keys = [key for key in actual if not DIFFERS_ANYWAY.fullmatch(str(key))]
+        each = (difference(actual[key], expected[key], f"{path}/{key}") for key in keys)
         return next((text for text in each if text is not None), None)
-    if isinstance(found, torch.Tensor) and isinstance(expected, torch.Tensor):
-        same_kind = (found.dtype, found.shape) == (expected.dtype, expected.shape)
-        tensors = [tensor.reshape(-1).view(torch.uint8) for tensor in (found, expected)]
+    if isinstance(actual, torch.Tensor) and isinstance(expected, torch.Tensor):
+        same_kind = (actual.dtype, actual.shape) == (expected.dtype, expected.shape)
+        tensors = [tensor.reshape(-1).view(torch.uint8) for tensor in (actual, expected)]
         return None if same_kind and torch.equal(*tensors) else f"{path} differs"
-    return None if repr(found) == repr(expected) else f"{path} is {found!r}, not {expected!r}"
+    return None if repr(actual) == repr(expected) else f"{path} is {actual!r}, not {expected!r}"
 
 
 def draw_kills(moments: list[str], points: int, draws: random.Random) -> list[list[int]]:

@@ -138,11 +138,38 @@ def train_rival(name, model, closure):
     return {"weights": weights(model), "propagations": optimizer.propagations}
 
 
+def look_again():
+    """Weights after SAM steps whose body ends with a forward pass, after which parameters stay gathered."""
+    model, optimizer = start("sharded", p=1.0, gamma=2.0)
+
+    def closure(t):
+        loss = loss_of(model, "sharded", t)
+        with torch.no_grad():
+            model(batches()[0][t])
+        return loss
+
+    for t in range(STEPS):
+        optimizer.step(lambda t=t: closure(t))
+    return weights(model)
+
+
+def own_coin(kind, rank):
+    """What a step says where each rank has a coin of its own."""
+    model, optimizer = start(kind)
+    optimizer.seed = rank
+    try:
+        optimizer.step(lambda: loss_of(model, kind, 0))
+    except ValueError as error:
+        return str(error)
+    return "accepted"
+
+
 def collectives():
-    """How often each kind is called in a plain step and in a SAM step."""
+    """How often each kind is called in a plain step and in a SAM step, after the first step."""
     counts = []
     for p in 0.0, 1.0:
         model, optimizer = start("sharded", p)
+        optimizer.step(lambda model=model: loss_of(model, "sharded", 0))
         with CommDebugMode() as log:
             optimizer.step(lambda model=model: loss_of(model, "sharded", 0))
         counts.append({str(kind): n for kind, n in log.get_comm_counts().items()})
@@ -220,6 +247,7 @@ def work(rank, folder):
         )
         results[world] = {(kind, case): train(kind, case) for w, kind, case in RUNS if w == world}
         results[world]["zero in place"] = [zero_in_place(kind) for kind in KINDS]
+        results[world]["look again"] = look_again()
         if world == 1:
             dist.destroy_process_group()
     results["collectives"] = collectives()
@@ -230,6 +258,7 @@ def work(rank, folder):
     for name, options in CHECKPOINTS.items():
         results[name] = resume(f"{folder}/{name}", options)
         results[name, "rst-look"] = resume(f"{folder}/look-{name}", options, RIVALS["rst-look"])
+    results["own coin"] = [own_coin(kind, rank) for kind in KINDS]
     results["skipped"] = left_gradients(rank, torch.inf, has_step=True)
     results["foreign"] = left_gradients(rank, 1.0, has_step=False)
     torch.save(results, f"{folder}/{rank}.pt")
@@ -295,6 +324,28 @@ def test_distributed_checkpoint(name, trained):
 def test_zeroing_in_place_is_refused(world, trained):
     for result in trained:
         assert all("zero_grad" in message for message in result[world]["zero in place"])
+
+
+@pytest.mark.parametrize("world", [1, RANKS])
+def test_the_perturbed_pass_gathers_theta_plus_eps_whatever_the_body_ends_with(world, trained):
+    twin = build("sharded")
+    reference.train(
+        twin,
+        adamw(twin.parameters()),
+        lambda t: reference.loss_of(twin, t),
+        lambda t, T: 1.0,
+        STEPS,
+        rho=0.3,
+        seed=SEED,
+        gamma=2.0,
+    )
+    for result in trained:
+        assert_close(result[world]["look again"], weights(twin))
+
+
+def test_ranks_with_coins_of_their_own_are_refused(trained):
+    for result in trained:
+        assert all("ranks must take the same SAM steps" in message for message in result["own coin"])
 
 
 def test_ranks_agree_about_gradients_that_were_left(trained):

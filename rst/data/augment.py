@@ -114,10 +114,10 @@ class Augment:
     def draws_of(self, bits: torch.Tensor, batch: torch.Tensor) -> torch.Tensor:
         """The columns of `draw_augmentation` for a batch of image indices; with `per_batch`, those of its
         first image where a batch shares them."""
-        own = bits[:, batch]
+        of_batch = bits[:, batch]
         if self.per_batch:
-            own[SHARED] = own[SHARED, :1]
-        return own
+            of_batch[SHARED] = of_batch[SHARED, :1]
+        return of_batch
 
     def __call__(
         self,
@@ -179,7 +179,7 @@ class Augment:
         return torch.lerp(partners, batch, weight[:, None, None, None]), targets
 
     def _kind(self, side: int) -> str:
-        """Of data, for images of which this is the shorter side: "cifar10" or "imagenet"."""
+        """Whose policy images with this shorter side get: "cifar10" or "imagenet"."""
         if self.autoaugment in POLICIES:
             return self.autoaugment
         return "cifar10" if side < LARGE else "imagenet"

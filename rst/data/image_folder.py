@@ -10,7 +10,7 @@ import zipfile
 from collections.abc import Callable
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from typing import IO, Literal, NamedTuple
+from typing import IO, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from PIL import Image, ImageOps
 from rst.data import images
 from rst.data.image_files import ImageFiles
 from rst.data.images import ImageData
+from rst.files import write_atomically
 
 log = logging.getLogger(__name__)
 
@@ -129,17 +130,17 @@ def _scan(folder: Path, split: str) -> list[_File]:
     for needed in (folder, folder / split):
         if not needed.is_dir():
             raise FileNotFoundError(f"no folder {needed}: {expected} (set dataset.root=DIR)")
-    found = []
+    files = []
     for class_name in sorted(entry.name for entry in os.scandir(folder / split) if entry.is_dir()):
         if class_name.startswith("."):
             continue
         for entry in sorted(os.scandir(folder / split / class_name), key=lambda entry: entry.name):
             if entry.name.lower().endswith(EXTENSIONS) and not entry.name.startswith("."):
                 stat = entry.stat()
-                found.append(_File(Path(entry.path), class_name, stat.st_size, stat.st_mtime_ns))
-    if not found:
+                files.append(_File(Path(entry.path), class_name, stat.st_size, stat.st_mtime_ns))
+    if not files:
         raise FileNotFoundError(f"no images in {folder / split}: {expected}, of {' '.join(EXTENSIONS)}")
-    return found
+    return files
 
 
 class _Files:
@@ -202,7 +203,7 @@ def _visit(
     """Decode all files in threads and call `visit(i, image [H, W, 3])` for each. Whether all are 8-bit
     greyscale."""
 
-    def one(i: int) -> bool:
+    def decode(i: int) -> bool:
         image, grey = _open(files[i].path, image_size)
         if image.shape != shape:
             raise ValueError(
@@ -214,7 +215,7 @@ def _visit(
 
     with ThreadPool(min(8, cpu_count())) as pool:
         # imap, not map: it raises the first error in order, at once. Chunks, as small images are quick.
-        return all(list(pool.imap(one, range(len(files)), chunksize=64)))
+        return all(list(pool.imap(decode, range(len(files)), chunksize=64)))
 
 
 def _open(path: Path, image_size: int | None) -> tuple[np.ndarray, bool]:
@@ -256,13 +257,10 @@ def _cached(path: Path, fingerprint: str, make: Callable[[], Arrays]) -> Arrays:
         if (arrays := _read(path, fingerprint)) is not None:
             return arrays
         arrays = make()
-        unfinished = path.with_suffix(".tmp")
+        labelled: Any = {"fingerprint": np.array(fingerprint), **arrays}
         try:
-            with unfinished.open("wb") as file:
-                np.savez(file, fingerprint=np.array(fingerprint), **arrays)  # type: ignore[arg-type]
-            os.replace(unfinished, path)
+            write_atomically(path, lambda file: np.savez(file, **labelled))
         except OSError as error:
-            unfinished.unlink(missing_ok=True)
             log.warning("cannot cache decoded images, so every run decodes them: %s", error)
         return arrays
 

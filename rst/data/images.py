@@ -1,4 +1,4 @@
-"""A data set in memory, and the steps that every data set shares: parts, holding out, label noise."""
+"""A data set, and the steps that data sets share: parts, holding out, label noise."""
 
 from dataclasses import dataclass, replace
 

@@ -235,9 +235,9 @@ def _draw_strength(
     from rst.reporting import strength  # here, as matplotlib takes a second
 
     runs = [_a_run(row, cells) for table in tables for row in table.columns[0].rows if row.epochs_factor == 1]
-    known = {run.id: strength.Strength(*found) for run in runs if (found := _strength(run.config))}
-    tables = strength.comparable(tables, known)
-    frame = strength.points(tables, known, records.joined)
+    strengths = {run.id: strength.Strength(*pair) for run in runs if (pair := _strength(run.config))}
+    tables = strength.comparable(tables, strengths)
+    frame = strength.points(tables, strengths, records.joined)
     if len(frame):
         figure = strength.figure(frame, tables[0].baseline, tables[0].reference)
         write_atomically(folder / "strength.png", partial(figure.savefig, format="png"))

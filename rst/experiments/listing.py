@@ -1,4 +1,4 @@
-"""What `python train.py --list` prints: a line on each option of each group, and the sizes of the models."""
+"""What `python train.py --list` prints: a line on each option of a run, and the sizes of the models."""
 
 from pathlib import Path
 from typing import Any

@@ -213,14 +213,14 @@ def gather(
                     factor = epochs / usual
                 if row.seeds and overrides == _but_seeds(overrides):
                     overrides.append(f"seed={row.seeds}")
-                runs, own = {}, cells_of(overrides)
-                for cell in own:
+                runs, cells_of_row = {}, cells_of(overrides)
+                for cell in cells_of_row:
                     run, seed = cell.run, cell.run.config["seed"]
                     runs[seed] = run.id
                     title = " / ".join(filter(None, [name, shown, f"{row.label}, seed {seed}"]))
                     cells.setdefault(run.id, replace(cell, table=name, column=column, title=title))
                 command = _train(["-m", *(text for text in overrides if not text.startswith("outputs="))])
-                folds = _folds([cell.run for cell in own])
+                folds = _folds([cell.run for cell in cells_of_row])
                 rows.append(Row(row.label, command, runs, row.published, row.source, factor, folds))
                 if row.label == spec.baseline:
                     setting = _setting(run, protocol, folds)
@@ -264,11 +264,11 @@ def table_parser(description: str | None, conf: Path) -> argparse.ArgumentParser
     """The arguments of the scripts about tables."""
 
     def tables(text: str) -> list[str]:
-        known = options(conf, "table")
-        names = known if text == "all" else text.split(",")
-        if unknown := set(names) - set(known):
+        existing = options(conf, "table")
+        names = existing if text == "all" else text.split(",")
+        if unknown := set(names) - set(existing):
             raise argparse.ArgumentTypeError(
-                f"unknown table {', '.join(unknown)}: choose from {', '.join(known)}, all"
+                f"unknown table {', '.join(unknown)}: choose from {', '.join(existing)}, all"
             )
         return names
 

@@ -37,7 +37,7 @@ def register(build: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
 def initialize(model: nn.Module) -> None:
     """Convolutions He normal with fan-out, dense layers U(−1/√n_out, 1/√n_out), every bias 0.
 
-    This is the initialisation of the paper's experiments. BatchNorm keeps torch's defaults, which are theirs:
+    This is the initialisation of the authors' models. BatchNorm keeps torch's defaults, which are theirs:
     scale 1, shift 0, eps 1e-5, and momentum 0.1, in torch the weight of the *new* statistics.
     """
     for module in model.modules():

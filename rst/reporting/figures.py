@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from rst.reporting.pages import points
 from rst.reporting.records import SHARPNESS
 from rst.reporting.statistics import MIN_SEEDS, SHARPNESS_NAMES, Summary, estimate_of
-from rst.schedule import Schedule, expected_propagations, propagations_std, uniform
+from rst.schedule import Schedule, expected_propagations, probabilities, propagations_std, uniform
 
 COLOURS = {  # by method
     "sgd": "#000000",
@@ -210,11 +210,12 @@ def training_curves(summary: Summary, frame: pd.DataFrame, curves: pd.DataFrame)
 
 def schedules(by_label: Mapping[str, Schedule], total_steps: int, seed: int) -> Figure:
     """p(t) of each distinct schedule against progress t/T, and the share of steps that are SAM steps by the
-    coin of `seed`, `uniform(seed, t) < p(t)`, in 50 bins. Equal schedules share a panel."""
+    coin of `seed`, `uniform(seed, t) < p(t)`, in 50 bins. Equal schedules share a panel. A p(t) that turns
+    more often than there are bins is drawn as its mean in each."""
     coin = np.array([uniform(seed, t) for t in range(total_steps)])
     panels: dict[bytes, tuple[list[str], Schedule, np.ndarray]] = {}
     for label, schedule in by_label.items():
-        p = np.array([schedule(t, total_steps) for t in range(total_steps)])
+        p = probabilities(schedule, total_steps)
         panels.setdefault(p.tobytes(), ([], schedule, p))[0].append(label)
     columns = min(4, len(panels))
     lines = -(-len(panels) // columns)
@@ -226,7 +227,12 @@ def schedules(by_label: Mapping[str, Schedule], total_steps: int, seed: int) -> 
         share = np.add.reduceat(taken.astype(float), edges[:-1]) / np.diff(edges)
         bars = {"color": COLOURS["sam"], "alpha": 0.35, "lw": 0, "label": f"SAM steps, seed {seed}'s coin"}
         axes.stairs(share, edges / total_steps, fill=True, **bars)
-        axes.plot(np.arange(total_steps) / total_steps, p, color="black", lw=1.2, label="p(t)")
+        of_p = {"color": "black", "lw": 1.2, "label": "p(t)"}
+        if np.count_nonzero(np.diff(np.sign(np.diff(p)))) > 2 * BINS:
+            means = np.add.reduceat(p, edges[:-1]) / np.diff(edges)
+            axes.stairs(means, edges / total_steps, baseline=None, **of_p)
+        else:
+            axes.plot(np.arange(total_steps) / total_steps, p, **of_p)
         expected = expected_propagations(schedule, total_steps) - total_steps
         count = f"{taken.sum()} SAM steps, expected {expected:.1f}"
         count += f" ± {propagations_std(schedule, total_steps):.1f}"

@@ -70,8 +70,9 @@ LATEX = str.maketrans(
 
 
 def page(summaries: Sequence[Summary], figures: Collection[str]) -> str:
-    """A table's README.md. First, of each column, the figures of `HEADLINES` and the metrics asked for, by
-    default those of `USUAL`; then the other figures and metrics, commands and provenance.
+    """A table's README.md. First, of several columns, all errors side by side; then, of each, the figures of
+    `HEADLINES` and the metrics asked for, by default those of `USUAL`; then the other figures and metrics,
+    commands and provenance.
 
     Args:
         figures: the names of those there are, such as "forest", or "noise-0.2/forest" of a column.
@@ -195,9 +196,9 @@ def fill(page: Path, marker: str, block: str) -> None:
     """
     text = page.read_text()
     start, end = f"<!-- {marker} -->\n", "<!-- end -->"
-    before, found, rest = text.partition(start)
+    before, opened, rest = text.partition(start)
     _, closed, after = rest.partition(end)
-    if not (found and closed):
+    if not (opened and closed):
         raise ValueError(f"{page} has no lines {start.strip()} and {end}")
     write_text(page, f"{before}{start}{block}\n{end}{after}")
 

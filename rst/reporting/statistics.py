@@ -89,12 +89,10 @@ def holm(p: Iterable[float]) -> np.ndarray:
 
 
 def on_one_machine(runs: pd.DataFrame) -> bool:
-    """Whether all of these runs had the same host, device, ranks and threads, so that times compare. Devices
-    of one name are equals: cuda:0 and cuda:1."""
+    """Whether all of these runs had the same host, device, ranks and threads, so that times compare."""
     if runs.empty:
         return False
-    kind = runs["device"].str.split(":").str[0]
-    machines = runs[["host", "device_name", "ranks", "threads"]].assign(kind=kind).drop_duplicates()
+    machines = runs[["host", "device", "device_name", "ranks", "threads"]].drop_duplicates()
     return len(machines) == 1 and bool(machines.notna().all(axis=None))
 
 

@@ -30,13 +30,13 @@ def temperature(logits: np.ndarray, labels: np.ndarray) -> float:
     """The T within `TEMPERATURES` that minimises `loss`, which is convex in 1/T."""
     low, high = np.log(TEMPERATURES)
     # By its logarithm, to be as precise where T is small.
-    found = minimize_scalar(
+    minimum = minimize_scalar(
         lambda x: loss(logits, labels, np.exp(x)),
         bounds=(low, high),
         method="bounded",
         options={"xatol": 1e-6},
     )
-    return float(np.exp(found.x))
+    return float(np.exp(minimum.x))
 
 
 def loss(logits: np.ndarray, labels: np.ndarray, temperature: float) -> float:

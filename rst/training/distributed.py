@@ -106,7 +106,7 @@ def any_rank(flag: bool, device: torch.device) -> bool:
 
 
 def sum_over_ranks(tensor: Tensor) -> Tensor:
-    """In place."""
+    """Sum over all ranks, in place."""
     if ranks() > 1:
         dist.all_reduce(tensor)
     return tensor

@@ -273,10 +273,10 @@ class Training:
 
     def _of_all_ranks(self, kept: list[Tensor], n_images: int) -> Tensor:
         """The logits of all test images in order, from those that each rank kept, [n_images, classes]."""
-        own = torch.arange(n_images).tensor_split(self.ranks)[self.rank].to(self.device)
+        positions = torch.arange(n_images).tensor_split(self.ranks)[self.rank].to(self.device)
         logits = torch.zeros(n_images, len(self.data.classes), device=self.device)
         if kept:
-            logits[own] = torch.cat(kept).float()
+            logits[positions] = torch.cat(kept).float()
         return distributed.sum_over_ranks(logits)
 
     @torch.inference_mode()

@@ -35,7 +35,7 @@ def strength(results: pd.DataFrame) -> Figure:
         predicted = row.square_predicted - row.bias_predicted**2
         noise.plot(row.strength, predicted, "_", color="0.2", ms=14, zorder=1)
     mean.set(ylabel="mean ∇f", title="the bias depends on pγρ alone")
-    noise.set(ylabel="mean (∇f − predicted bias)²", title="the noise also on γ (— predicted)")
+    noise.set(ylabel="mean (∇f − predicted bias)²", title="the noise (— predicted)")
     _legend(figure, [_handle(f"p = {p:g}", COLOURS[p], marker=_marker(p)) for p in sorted(set(results["p"]))])
     for axes in (mean, noise):
         axes.set_xlabel("strength pγρ")

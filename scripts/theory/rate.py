@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rst.schedule import Constant, Linear, Schedule
+from rst.schedule import Constant, Linear, Schedule, probabilities
 
 from .chains import Chains
 
@@ -226,8 +226,7 @@ def _squared_norm(samples: Tensor) -> float:
 
 def _late_p(runs: Runs) -> float:
     """The mean p in the second half."""
-    late = range(runs.steps // 2, runs.steps)
-    return sum(_schedule(runs)(t, runs.steps) for t in late) / len(late)
+    return float(probabilities(_schedule(runs), runs.steps)[runs.steps // 2 :].mean())
 
 
 def _schedule(runs: Runs) -> Schedule:

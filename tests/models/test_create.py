@@ -118,7 +118,6 @@ def test_patches_that_ignore_no_pixel_are_not_refused(
         ("swin_tiny_patch4_window7_224", (34, 32), {}, r"multiples of its patches' 4×4 pixels"),
         ("vgg11_bn", (8, 8), {}, r"model vgg11_bn cannot be used on images of 3×8×8: "),
         ("cifar_vgg16_bn", (32, 31), {}, r"model cifar_vgg16_bn cannot be used on images of 3×32×31: "),
-        ("resnet18", (32, 32), {"num_classes": 0}, r"returns \(1, 512\) for one image"),
     ],
 )
 def test_a_mistake_is_one_line(
