@@ -133,11 +133,6 @@ def test_time_is_paired_by_seed_and_a_slow_hour_is_felt_little():
     assert np.isnan(frame_of(unpaired).loc["RST", "time"])
 
 
-def test_two_devices_of_one_kind_are_one_machine():
-    some = [one | {"device": f"cuda:{i % 2}"} for i, one in enumerate(results())]
-    assert frame_of(some).loc["RST", "time"] == pytest.approx(15.2 / 10.2)
-
-
 def test_what_is_refused():
     with pytest.raises(ValueError, match="needs a source"):
         Row("SAM", "", {}, published=4.22)
