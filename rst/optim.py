@@ -187,11 +187,11 @@ class RST(Joint):
             RuntimeError: where `.grad` holds gradients that this step would lose: of a step that was not
                 taken, or of a `backward()` outside the loop; and for a body that leaves no gradients.
         """
+        if original := vars(self).get("_optimizer"):  # Lightning's and Fabric's are copies
+            return original.passes()
         if (loop := self._loop and self._loop()) and loop.gi_frame is not None:
             loop.close()
-            raise RuntimeError(
-                "passes() was called within a loop over passes(), or while one is kept unfinished"
-            )
+            raise RuntimeError("passes() was called within a loop over passes(), or while one is unfinished")
         passes = self._passes()
         self._loop = weakref.ref(passes)  # a strong one would keep it alive when the loop is left
         return passes

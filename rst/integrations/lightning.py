@@ -24,10 +24,10 @@ class RSTCallback(Callback):
     updates see both passes.) `global_step` counts steps. The RST's `module` becomes the model, wrapped in
     DistributedDataParallel where it is.
 
-    With manual optimization, loop over the RST's own passes and step by Lightning's wrapper:
+    With manual optimization:
 
         optimizer = self.optimizers()
-        for _ in optimizer.optimizer.passes():
+        for _ in optimizer.passes():
             self.manual_backward(...)
         optimizer.step()
 
