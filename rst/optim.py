@@ -26,6 +26,7 @@ from rst.passes import (
     random_state,
     require_gradients,
     require_same_coins,
+    reshard,
     set_random_state,
     true_gradient,
 )
@@ -77,16 +78,15 @@ class RST(Joint):
             schedule SAM's expected regularization p̄·γ·ρ.
         adaptive: ASAM (Kwon et al. 2021): ε = ρ T²∇L(θ) / ‖T∇L(θ)‖ with T = |θ|.
         mix: "gradient" as above; "normalized" mixes the unit vector, (1 − γ)∇L(θ)/‖∇L(θ)‖ + γ∇L(θ + ε), as
-            the authors' code does by default. Not for use with GradScaler: the loss's scale would change
-            the weights of the latter mix.
+            the authors' code does by default; not for GradScaler, whose scale would change its weights.
         sync_perturbation: under DistributedDataParallel, average ∇L(θ) over the ranks before ε is taken.
             Otherwise each rank perturbs along the gradient of its own part of the batch (m-sharpness) and a
             SAM step all-reduces once, as the authors do. With `fully_shard` it is always averaged.
         sampling: "independent" throws a coin at each step; "systematic" spreads the SAM steps evenly at the
             same p(t), so that their number is within 1 of Σ p(t), see `rst.schedule.Systematic`.
-        module: the model, wrapped in DistributedDataParallel where it is, for its buffers, its
-            `true_gradient` attributes and its `no_sync`. Without it, buffers move in both passes, and
-            parameters that belong to another optimizer get the gradients of both.
+        module: the model, wrapped in DistributedDataParallel where it is, for its buffers, `true_gradient`
+            attributes, `no_sync`, and what fully_shard has gathered. Without it, buffers move in both passes,
+            and parameters that belong to another optimizer get the gradients of both.
         seed: of the coin; the same on every rank.
 
     Raises:
@@ -177,10 +177,9 @@ class RST(Joint):
                 loss.backward()
 
         Yields "clean" with the weights at θ and then, in a SAM step, "perturbed" with them at θ + ε. After
-        the loop `.grad` holds the step's gradient g, to be unscaled or clipped before `step()`. To accumulate
-        gradients, loop over the micro-batches in the body. When the body raises, breaks or returns, weights
-        are θ again, buffers and random numbers as the clean pass left them, gradients None, and the step does
-        not count.
+        the loop `.grad` holds the step's gradient g, to be unscaled or clipped before `step()`. Micro-batches
+        go into the body. When it raises, breaks or returns, weights are θ again, buffers and random numbers
+        as the clean pass left them, gradients None, and the step does not count.
 
         Raises:
             ValueError: past `total_steps`, where p(t) is no probability, where ranks have different coins.
@@ -242,6 +241,7 @@ class RST(Joint):
         if not self._ranks_agree:
             require_same_coins(self.module, self._parameters(), self.extra_state())
             self._ranks_agree = True
+        reshard(self.module)
         is_sam = self._decide()
         self._spent.refuse_to_drop(self._gradients(), self.has_gradient)
         self.zero_grad()

@@ -58,18 +58,22 @@ def buffers_kept(module: nn.Module | None) -> Iterator[None]:
                 layer._buffers[name] = buffer  # some layers put another tensor in its place
 
 
+def reshard(module: nn.Module | None) -> None:
+    """Have the next forward pass gather fully_shard's parameters from their shards, also where the one before
+    was followed by no backward pass and left them gathered."""
+    for layer in _modules(module):
+        if hasattr(layer, "set_reshard_after_backward"):  # an FSDPModule
+            layer.reshard()  # type: ignore[operator]
+
+
 @contextmanager
 def gathered_anew(module: nn.Module | None) -> Iterator[None]:
-    """Inside and afterwards, forward passes gather fully_shard's parameters from their shards, also where the
-    one before was followed by no backward pass and left them gathered."""
-    layers: list[Any] = [layer for layer in _modules(module) if hasattr(layer, "reshard")]
+    """Inside and afterwards, fully_shard's parameters are gathered anew."""
+    reshard(module)
     try:
-        for layer in layers:
-            layer.reshard()
         yield
     finally:
-        for layer in layers:
-            layer.reshard()
+        reshard(module)
 
 
 @contextmanager
@@ -229,15 +233,14 @@ class Spent:
 
 
 def require_same_coins(module: Any, parameters: Iterable[Tensor], state: dict[str, Any]) -> None:
-    """Raises ValueError on all ranks of DistributedDataParallel, or of the DTensors' mesh, if they do not
+    """Raises ValueError on all ranks of DistributedDataParallel, or of the DTensors' meshes, if they do not
     have the same coin: they would average gradients at θ with gradients at θ + ε, or wait for ever."""
     module = getattr(module, "_orig_mod", module)  # of torch.compile
-    sharded: Any = next(filter(is_sharded, parameters), None)
+    meshes = list(dict.fromkeys(p.device_mesh for p in parameters if is_sharded(p)))  # type: ignore[attr-defined]
     if isinstance(module, DistributedDataParallel):
         groups, device = [module.process_group], next(module.parameters()).device
-    elif sharded is not None:
-        mesh = sharded.device_mesh
-        groups, device = mesh.get_all_groups(), mesh.device_type
+    elif meshes:
+        groups, device = [group for mesh in meshes for group in mesh.get_all_groups()], meshes[0].device_type
     else:
         return
     coin = {name: state[name] for name in ("steps", "total_steps", "seed", "schedule")}

@@ -153,9 +153,27 @@ def look_again():
     return weights(model)
 
 
-def own_coin(kind, rank):
-    """What a step says where each rank has a coin of its own."""
+def gradients_of_others():
+    """Of a layer that RST does not have, after the clean pass and after the step, of an evaluated model."""
+    model, _ = start("sharded")
+    layers = (model.up, model.down)
+    some = [p for layer in layers for p in layer.parameters()]
+    optimizer = RST(sgd(some), 1.0, STEPS, rho=0.3, module=model)
+    with torch.no_grad():
+        model(batches()[0][0])
+    for which in optimizer.passes():
+        loss_of(model, "sharded", 0)
+        if which == "clean":
+            clean = full(model.head.weight.grad).clone()
+    return clean, full(model.head.weight.grad)
+
+
+def own_coin(kind, rank, turned):
+    """What a step says where each rank has a coin of its own. `turned`: the parameters in the other order, so
+    that another mesh comes first."""
     model, optimizer = start(kind)
+    if turned:
+        optimizer.param_groups[0]["params"].reverse()
     optimizer.seed = rank
     try:
         optimizer.step(lambda: loss_of(model, kind, 0))
@@ -248,6 +266,7 @@ def work(rank, folder):
         results[world] = {(kind, case): train(kind, case) for w, kind, case in RUNS if w == world}
         results[world]["zero in place"] = [zero_in_place(kind) for kind in KINDS]
         results[world]["look again"] = look_again()
+        results[world]["others"] = gradients_of_others()
         if world == 1:
             dist.destroy_process_group()
     results["collectives"] = collectives()
@@ -258,7 +277,7 @@ def work(rank, folder):
     for name, options in CHECKPOINTS.items():
         results[name] = resume(f"{folder}/{name}", options)
         results[name, "rst-look"] = resume(f"{folder}/look-{name}", options, RIVALS["rst-look"])
-    results["own coin"] = [own_coin(kind, rank) for kind in KINDS]
+    results["own coin"] = [own_coin(kind, rank, turned) for kind in KINDS for turned in (False, True)]
     results["skipped"] = left_gradients(rank, torch.inf, has_step=True)
     results["foreign"] = left_gradients(rank, 1.0, has_step=False)
     torch.save(results, f"{folder}/{rank}.pt")
@@ -341,6 +360,12 @@ def test_the_perturbed_pass_gathers_theta_plus_eps_whatever_the_body_ends_with(w
     )
     for result in trained:
         assert_close(result[world]["look again"], weights(twin))
+
+
+@pytest.mark.parametrize("world", [1, RANKS])
+def test_gradients_of_others_are_those_of_the_clean_pass(world, trained):
+    for result in trained:
+        assert_same_bits(*([grad] for grad in result[world]["others"]))
 
 
 def test_ranks_with_coins_of_their_own_are_refused(trained):
