@@ -33,7 +33,7 @@ def refusal(run_train, tmp_path):
 
 SETTINGS = {
     # Misspelt.
-    "epoch=3": "'epoch'",
+    "epoch=3": "epoch: unknown, --help lists what can be set",
     "+epoch=3": "epoch: unknown, choose from epochs",
     "+checkpoint.every=3": "checkpoint.every: unknown, choose from every_steps",
     "+optimizer.momntum=1": "optimizer.momntum: unknown, choose from momentum",
