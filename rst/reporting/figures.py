@@ -29,6 +29,7 @@ DASHES = ["-", (0, (5, 1.5)), (0, (5, 1.5, 1, 1.5)), (0, (1, 1.2))]
 MARKERS = "osD^vPX<>hp"
 CURVES_A_PANEL = 10  # as many as the eye can follow, beside the reference's and the baseline's
 BINS = 50  # of a schedule's steps
+FAR = 10  # times the median of how far intervals reach
 
 
 def marker_of(method: str, enough: bool) -> dict[str, Any]:
@@ -61,7 +62,8 @@ def of_column(summary: Summary, curves: pd.DataFrame) -> dict[str, Figure]:
 
 def forest(summary: Summary, frame: pd.DataFrame) -> Figure:
     """Each row's difference to the reference with its 95 % interval, by measured η and then from the lowest
-    up. Vertical lines mark the reference and the baseline."""
+    up. Vertical lines mark the reference and the baseline. Of a row that is `FAR` from the others, an arrow
+    shows where it is."""
     name = f"difference_to_{summary.reference}"
     frame = _with_pairs(frame, summary)
     frame = frame.assign(gap=frame[f"{name}.mean"].fillna(0.0)).sort_values("gap", kind="stable")
@@ -74,13 +76,17 @@ def forest(summary: Summary, frame: pd.DataFrame) -> Figure:
         if label in gaps:
             axes.axvline(gaps[label], ls=dash, lw=0.9, color="0.4", zorder=1)
             axes.text(gaps[label], 1.01, label, transform=axes.get_xaxis_transform(), ha=side, fontsize=8)
+    is_far, edge = _far(frame, name)
     texts = []
-    for y, row in zip(places, frame.to_dict("records"), strict=True):
+    for y, far, row in zip(places, is_far, frame.to_dict("records"), strict=True):
         enough = row["test_error.n" if row["label"] == summary.reference else f"{name}.n"] >= MIN_SEEDS
         look = marker_of(row["method"], enough)
-        axes.plot(row["gap"], y, "o", ms=6, zorder=3, **look)
         gap = estimate_of(row, name)
-        if enough:
+        if far:
+            axes.plot(np.copysign(edge, row["gap"]), y, ">" if row["gap"] > 0 else "<", ms=7, **look)
+        else:
+            axes.plot(row["gap"], y, "o", ms=6, zorder=3, **look)
+        if enough and not far:
             axes.plot([gap.low, gap.high], [y, y], color=look["color"], lw=1.5)
         text = "reference" if row["label"] == summary.reference else points(gap)
         texts.append(text + " †" * (not enough))
@@ -90,6 +96,7 @@ def forest(summary: Summary, frame: pd.DataFrame) -> Figure:
     numbers.tick_params(length=0)
     numbers.spines[:].set_visible(False)
     level = ", 95 % interval" if (frame[f"{name}.n"] >= MIN_SEEDS).any() else ""
+    level += "; arrows: beyond the axis" if is_far.any() else ""
     axes.set_xlabel(f"difference in {summary.split} error to {summary.reference} (points){level}")
     return figure
 
@@ -135,6 +142,9 @@ def cost(summary: Summary, frame: pd.DataFrame) -> Figure:
     axes = figure.subplots()
     axes.axhline(0, color="0.4", lw=0.9)
     frame = _with_pairs(frame, summary)
+    is_far, edge = _far(frame, name)
+    if is_far.any():
+        axes.set_ylim(-edge, edge)
     for i, (family, rows) in enumerate(frame.groupby(_family(frame), sort=False)):
         rows = rows.sort_values("eta.mean")
         gaps = [estimate_of(row, name) for row in rows.to_dict("records")]
@@ -144,14 +154,22 @@ def cost(summary: Summary, frame: pd.DataFrame) -> Figure:
         anchors = {"SGD": "black", "SAM": COLOURS["sam"]}
         look: dict[str, Any] = {"color": anchors.get(str(family), CYCLE[i % len(CYCLE)])}
         look |= {"ls": DASHES[i % len(DASHES)], "marker": MARKERS[i % len(MARKERS)], "lw": 1.0, "ms": 6}
-        axes.errorbar(rows["eta.mean"], mean, half, elinewidth=0.7, label=family, **look)
+        label = f"{family} (beyond the axis)" if is_far[rows.index].any() else family
+        axes.errorbar(rows["eta.mean"], mean, half, elinewidth=0.7, label=label, **look)
         axes.plot(rows["eta.mean"][~enough], mean[~enough], **look | {"ls": "", "mfc": "white"})
     axes.set_xlabel(f"η, propagations (forward-backward passes) per step of {summary.baseline}")
     axes.set_ylabel(f"difference in {summary.split} error to {summary.reference} (points), 95 % interval")
     axes.grid(color="0.92")
     axes.set_axisbelow(True)
-    figure.legend(loc="outside right upper", frameon=False, fontsize=8)
+    figure.legend(loc="outside right center", frameon=False, fontsize=8)
     return figure
+
+
+def _far(frame: pd.DataFrame, name: str) -> tuple[pd.Series, float]:
+    """Which of the differences `name` are `FAR` from 0, and how far an axis must reach for the others."""
+    ends = frame[[f"{name}.low", f"{name}.high", f"{name}.mean"]].abs().max(axis=1).fillna(0.0)
+    is_far = frame[f"{name}.mean"].abs() > FAR * ends.median()
+    return is_far, 1.15 * ends[~is_far].max()
 
 
 def _with_pairs(frame: pd.DataFrame, summary: Summary) -> pd.DataFrame:

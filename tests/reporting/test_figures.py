@@ -6,7 +6,7 @@ from sample_runs import column, records, results, table
 
 from rst.reporting.figures import of_column, schedules
 from rst.reporting.tables import Row, summarize
-from rst.schedule import Constant, Linear, uniform
+from rst.schedule import Constant, Linear, Periodic, uniform
 
 
 def figures_of(asked=None, some=None, measured=()):
@@ -68,6 +68,15 @@ def test_a_row_without_a_seed_of_the_references_is_left_out():
     some = [one for one in results() if one["id"] not in ("rsam2", "rsam3", "rsam4", "rrst0", "rrst1")]
     figures = figures_of(some=some)
     assert texts(figures["forest"].axes[0]) == ["η = 1", "SGD", "η = 2", "SAM (n = 2)"]
+
+
+def test_a_row_far_from_the_others_is_an_arrow_at_the_edge():
+    some = results({"sgd": [10, 11, 12, 13, 14], "sam": [7, 6, 8, 9, 10], "rst": [70, 71, 72, 73, 74]})
+    axes, numbers = figures_of(some=some)["forest"].axes
+    (arrow,) = (line for line in axes.lines if line.get_marker() == ">")
+    assert 4.88 < arrow.get_xdata()[0] < axes.get_xlim()[1] < 10
+    assert [x for x, _ in intervals(axes) if not np.isnan(x)] == pytest.approx([4 - 0.877989])
+    assert any(text.startswith("+64.00") for text in texts(numbers))
 
 
 def test_errors_stand_at_their_measured_cost():
@@ -155,3 +164,9 @@ def test_schedules_show_their_probability_and_the_steps_taken():
     (p,) = rising.lines
     assert share.values.sum() * 4 == pytest.approx(taken)  # 50 bins of 4 steps
     assert p.get_ydata() == pytest.approx(np.arange(200) / 200)
+
+
+def test_a_schedule_that_alternates_is_drawn_as_its_mean():
+    (axes,) = (axes for axes in schedules({"every 2": Periodic(2)}, 200, seed=3).axes if axes.axison)
+    assert not axes.lines
+    assert [patch.get_data().values.tolist() for patch in axes.patches] == [[0.5] * 50] * 2
