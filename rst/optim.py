@@ -20,6 +20,7 @@ from rst.passes import (
     can_skip_averaging,
     check_module,
     devices_of,
+    fully_sharded,
     gathered_anew,
     gradients_kept,
     mixed,
@@ -145,9 +146,8 @@ class RST(Joint):
         self.has_gradient = False
         self._drawn_by = sampling, self.schedule, total_steps, seed
         self._is_drawn = decider(*self._drawn_by)
-        self._perturbation = Perturbation()
+        self._perturbation, self._spent = Perturbation(), Spent()
         self._loop: weakref.ref[Any] | None = None
-        self._spent = Spent()
 
     @property
     def module(self) -> nn.Module | None:
@@ -240,8 +240,8 @@ class RST(Joint):
     def _passes(self) -> Generator[Pass, None, None]:
         if not self._ranks_agree:
             require_same_coins(self.module, self._parameters(), self.extra_state())
-            self._ranks_agree = True
-        reshard(self.module)
+            self._ranks_agree, self._sharded = True, fully_sharded(self.module)
+        reshard(self._sharded)
         is_sam = self._decide()
         self._spent.refuse_to_drop(self._gradients(), self.has_gradient)
         self.zero_grad()
@@ -279,7 +279,7 @@ class RST(Joint):
         try:
             with self._perturbation.applied(list(self._groups()), self.adaptive), self._combine(is_local):
                 set_random_state(before)
-                with gathered_anew(module), buffers_kept(module), gradients_kept(others):
+                with gathered_anew(self._sharded), buffers_kept(module), gradients_kept(others):
                     yield "perturbed"
         finally:
             set_random_state(after)

@@ -58,22 +58,26 @@ def buffers_kept(module: nn.Module | None) -> Iterator[None]:
                 layer._buffers[name] = buffer  # some layers put another tensor in its place
 
 
-def reshard(module: nn.Module | None) -> None:
-    """Have the next forward pass gather fully_shard's parameters from their shards, also where the one before
-    was followed by no backward pass and left them gathered."""
-    for layer in _modules(module):
-        if hasattr(layer, "set_reshard_after_backward"):  # an FSDPModule
-            layer.reshard()  # type: ignore[operator]
+def fully_sharded(module: nn.Module | None) -> list[Any]:
+    """The layers that fully_shard was applied to."""
+    return [layer for layer in _modules(module) if hasattr(layer, "set_reshard_after_backward")]
+
+
+def reshard(layers: Iterable[Any]) -> None:
+    """Have the next forward pass gather the parameters of these `fully_sharded` layers from their shards,
+    also where the one before was followed by no backward pass and left them gathered."""
+    for layer in layers:
+        layer.reshard()
 
 
 @contextmanager
-def gathered_anew(module: nn.Module | None) -> Iterator[None]:
-    """Inside and afterwards, fully_shard's parameters are gathered anew."""
-    reshard(module)
+def gathered_anew(layers: Iterable[Any]) -> Iterator[None]:
+    """`reshard` on entering and on leaving."""
+    reshard(layers)
     try:
         yield
     finally:
-        reshard(module)
+        reshard(layers)
 
 
 @contextmanager

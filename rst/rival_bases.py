@@ -111,7 +111,7 @@ class OnePass(RST):
 
     def _sam_passes(self) -> Generator[Pass, None, bool]:
         groups = [(parameters, self.SIGN * rho) for parameters, rho in self._groups()]
-        with self._perturbation.applied(groups, self.adaptive, self._direction), gathered_anew(self.module):
+        with self._perturbation.applied(groups, self.adaptive, self._direction), gathered_anew(self._sharded):
             yield "perturbed"
         require_gradients(self._gradients())
         self._complete()
