@@ -141,9 +141,8 @@ def one_line(error: Exception) -> str:
     if isinstance(error, MissingConfigException) and error.options:  # Hydra's own message takes 30 lines
         return f"unknown option {error.missing_cfg_file}: choose from {', '.join(sorted(error.options))}"
     message = " ".join(str(error).split())
-    if misspelt := re.match(
-        r"Could not override '(\w+)'\. ", message
-    ):  # Hydra's advice, +KEY=VALUE, fails as well
+    # Hydra's advice about a key that does not exist, +KEY=VALUE, fails as well.
+    if misspelt := re.match(r"Could not override '(\w+)'\. ", message):
         return f"{misspelt[1]}: unknown, --help lists what can be set"
     for_users = (
         ValueError | OSError | FloatingPointError | MemoryError | HydraException | OmegaConfBaseException
