@@ -186,7 +186,7 @@ class RST(Joint):
             RuntimeError: where `.grad` holds gradients that this step would lose: of a step that was not
                 taken, or of a `backward()` outside the loop; and for a body that leaves no gradients.
         """
-        if original := vars(self).get("_optimizer"):  # Lightning's and Fabric's are copies
+        if original := vars(self).get("_optimizer"):  # of Lightning's and Fabric's wrappers
             return original.passes()
         if (loop := self._loop and self._loop()) and loop.gi_frame is not None:
             loop.close()

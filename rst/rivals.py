@@ -247,14 +247,14 @@ class PartialAscent(RST):
             seed=seed,
         )
         self.fraction = fraction
-        self._ascends, self._asked = False, (0, 0)  # images of the part and of the batch, in this ascent
+        self._ascends, self._asked = False, list[tuple[int, int]]()  # images of parts and their batches
 
     @torch.compiler.disable  # in a compiled body it would lose what was asked
     def images(self, n: int) -> int:
         if not self._ascends:
             return n
         part = max(1, round(self.fraction * n))
-        self._asked = self._asked[0] + part, self._asked[1] + n
+        self._asked.append((part, n))  # in place, as Lightning's wrapper may be self
         return part
 
     @property
@@ -267,7 +267,7 @@ class PartialAscent(RST):
         return self.fraction * propagations_std(self.schedule, self.total_steps, self.sampling)
 
     def _sam_passes(self) -> Generator[Pass, None, bool]:
-        self._ascends, self._asked = True, (0, 0)
+        self._ascends, self._asked = True, []
         try:
             return (yield from super()._sam_passes())
         finally:
@@ -278,7 +278,7 @@ class PartialAscent(RST):
         return True
 
     def _cost(self, is_sam: bool) -> float:
-        part, batch = self._asked
+        part, batch = map(sum, zip((0, 0), *self._asked, strict=True))
         return 1 + (part / batch if batch else 1) * is_sam
 
 

@@ -5,7 +5,7 @@
 #   scripts/gpu.sh fetch  beforehand, with a network: wheels and CIFAR-10 into bundle/, which git ignores; take it along
 #   scripts/gpu.sh 1      right: the tests marked cuda
 #   scripts/gpu.sh 2      fast: the benchmark, into results/benchmark/
-#   scripts/gpu.sh 3      large:   the tables gpu and gpu_wide, into results/gpu/
+#   scripts/gpu.sh 3      large: the tables gpu and gpu_wide, into results/gpu/
 #
 # DEVICE=cpu tries a step out without a GPU. ARGS are more arguments for what a step calls, such as these, which
 # shorten step 3:

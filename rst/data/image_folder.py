@@ -259,6 +259,8 @@ def _cached(path: Path, fingerprint: str, make: Callable[[], Arrays]) -> Arrays:
         arrays = make()
         labelled: Any = {"fingerprint": np.array(fingerprint), **arrays}
         try:
+            for left in path.parent.glob(f".{path.name}.*.tmp"):  # by a process that was killed
+                left.unlink()
             write_atomically(path, lambda file: np.savez(file, **labelled))
         except OSError as error:
             log.warning("cannot cache decoded images, so every run decodes them: %s", error)

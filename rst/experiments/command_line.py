@@ -141,7 +141,7 @@ def one_line(error: Exception) -> str:
     if isinstance(error, MissingConfigException) and error.options:  # Hydra's own message takes 30 lines
         return f"unknown option {error.missing_cfg_file}: choose from {', '.join(sorted(error.options))}"
     message = " ".join(str(error).split())
-    # Hydra's advice about a key that does not exist, +KEY=VALUE, fails as well.
+    # Hydra's advice, +KEY=VALUE, helps with options of a group alone.
     if misspelt := re.match(r"Could not override '(\w+)'\. ", message):
         return f"{misspelt[1]}: unknown, --help lists what can be set"
     for_users = (

@@ -72,11 +72,11 @@ def forest(summary: Summary, frame: pd.DataFrame) -> Figure:
     sides = ["left", "right"] if gaps.get(summary.baseline, 0.0) > 0 else ["right", "left"]
     # One line where they are the same row; labels of lines that are close do not touch.
     lines = {summary.baseline: ("--", sides[0]), summary.reference: ("-", sides[1])}
+    is_far, edge = _far(frame, name)
     for label, (dash, side) in lines.items():
-        if label in gaps:
+        if label in set(frame["label"][~is_far]):
             axes.axvline(gaps[label], ls=dash, lw=0.9, color="0.4", zorder=1)
             axes.text(gaps[label], 1.01, label, transform=axes.get_xaxis_transform(), ha=side, fontsize=8)
-    is_far, edge = _far(frame, name)
     texts = []
     for y, far, row in zip(places, is_far, frame.to_dict("records"), strict=True):
         enough = row["test_error.n" if row["label"] == summary.reference else f"{name}.n"] >= MIN_SEEDS
@@ -168,7 +168,7 @@ def cost(summary: Summary, frame: pd.DataFrame) -> Figure:
 def _far(frame: pd.DataFrame, name: str) -> tuple[pd.Series, float]:
     """Which of the differences `name` are `FAR` from 0, and how far an axis must reach for the others."""
     ends = frame[[f"{name}.low", f"{name}.high", f"{name}.mean"]].abs().max(axis=1).fillna(0.0)
-    is_far = frame[f"{name}.mean"].abs() > FAR * ends.median()
+    is_far = frame[f"{name}.mean"].abs() > FAR * ends[ends > 0].quantile(interpolation="lower")
     return is_far, 1.15 * ends[~is_far].max()
 
 
@@ -229,7 +229,7 @@ def training_curves(summary: Summary, frame: pd.DataFrame, curves: pd.DataFrame)
 def schedules(by_label: Mapping[str, Schedule], total_steps: int, seed: int) -> Figure:
     """p(t) of each distinct schedule against progress t/T, and the share of steps that are SAM steps by the
     coin of `seed`, `uniform(seed, t) < p(t)`, in 50 bins. Equal schedules share a panel. A p(t) that turns
-    more often than there are bins is drawn as its mean in each."""
+    more than twice a bin is drawn as its mean in each."""
     coin = np.array([uniform(seed, t) for t in range(total_steps)])
     panels: dict[bytes, tuple[list[str], Schedule, np.ndarray]] = {}
     for label, schedule in by_label.items():

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 
 from rst import RST, Linear
 from rst.integrations.lightning import RSTCallback
+from rst.rivals import PartialAscent
 
 STEPS = 8
 SCHEDULE = Linear(0.3, 0.9)
@@ -150,6 +151,19 @@ def test_fabric():
     assert optimizer.propagations == by_hand.propagations(SCHEDULE, STEPS)
     clip = partial(clip_grad_norm_, max_norm=0.1)
     assert_close(state(model), by_hand.weights(SCHEDULE, STEPS, gamma=2.0, clip=clip))
+
+
+def test_partial_ascent_is_asked_by_the_wrapper():
+    fabric = Fabric(accelerator="cpu", devices=1)
+    model = network()
+    optimizer = PartialAscent(sgd(model.parameters()), total_steps=STEPS, fraction=0.5)
+    optimizer.module, prepared = fabric.setup(model, optimizer)
+    for _, x, y in numbered_batches(STEPS):
+        for _ in prepared.passes():
+            n = prepared.images(len(x))
+            fabric.backward(F.cross_entropy(optimizer.module(x[:n]), y[:n]))
+        prepared.step()
+    assert optimizer.propagations == 1.5 * STEPS
 
 
 def test_a_resumed_run_is_the_whole_run_bit_for_bit(tmp_path):

@@ -77,6 +77,8 @@ def test_a_row_far_from_the_others_is_an_arrow_at_the_edge():
     assert 4.88 < arrow.get_xdata()[0] < axes.get_xlim()[1] < 10
     assert [x for x, _ in intervals(axes) if not np.isnan(x)] == pytest.approx([4 - 0.877989])
     assert any(text.startswith("+64.00") for text in texts(numbers))
+    some = results({"rst": [10, 11, 12, 13, 14], "sam": [7, 6, 8, 9, 10], "sgd": [70, 71, 72, 73, 74]})
+    assert figures_of(some=some)["forest"].axes[0].get_xlim()[1] < 10  # nor does the baseline's line
 
 
 def test_errors_stand_at_their_measured_cost():
