@@ -40,9 +40,10 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object], keep: Pat
         os.close(folder)
 
 
-def remove_temporary(folder: Path) -> None:
-    """Remove what `write_atomically` left there when its process was killed. Nobody may be writing."""
-    for path in folder.glob(".*.tmp"):
+def remove_temporary(folder: Path, name: str = "*") -> None:
+    """Remove what `write_atomically` left there, of files of that name, when its process was killed. Nobody
+    may be writing them."""
+    for path in folder.glob(f".{name}.*.tmp"):
         path.unlink()
 
 

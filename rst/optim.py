@@ -21,17 +21,15 @@ from rst.passes import (
     check_module,
     devices_of,
     fully_sharded,
-    gathered_anew,
     gradients_kept,
     mixed,
     random_state,
     require_gradients,
     require_same_coins,
-    reshard,
     set_random_state,
     true_gradient,
 )
-from rst.perturbation import Perturbation, check_rho, total_norm
+from rst.perturbation import Perturbation, check_rho, reshard, total_norm
 from rst.schedule import Constant, Sampling, Schedule, decider, matched_gamma
 from rst.schedule import expected_propagations as expectation_of
 from rst.schedule import propagations_std as std_of
@@ -277,9 +275,10 @@ class RST(Joint):
             return False
         after = random_state(before)
         try:
-            with self._perturbation.applied(list(self._groups()), self.adaptive), self._combine(is_local):
+            perturbed = self._perturbation.applied([*self._groups()], self.adaptive, self._sharded)
+            with perturbed, self._combine(is_local):
                 set_random_state(before)
-                with gathered_anew(self._sharded), buffers_kept(module), gradients_kept(others):
+                with buffers_kept(module), gradients_kept(others):
                     yield "perturbed"
         finally:
             set_random_state(after)

@@ -63,23 +63,6 @@ def fully_sharded(module: nn.Module | None) -> list[Any]:
     return [layer for layer in _modules(module) if hasattr(layer, "set_reshard_after_backward")]
 
 
-def reshard(layers: Iterable[Any]) -> None:
-    """Have the next forward pass gather the parameters of these `fully_sharded` layers from their shards,
-    also where the one before was followed by no backward pass and left them gathered."""
-    for layer in layers:
-        layer.reshard()
-
-
-@contextmanager
-def gathered_anew(layers: Iterable[Any]) -> Iterator[None]:
-    """`reshard` on entering and on leaving."""
-    reshard(layers)
-    try:
-        yield
-    finally:
-        reshard(layers)
-
-
 @contextmanager
 def gradients_kept(parameters: Iterable[Tensor]) -> Iterator[None]:
     """On leaving, the parameters' gradients are those from before."""

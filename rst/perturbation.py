@@ -29,13 +29,18 @@ class Perturbation:
 
     @contextmanager
     def applied(
-        self, groups: Sequence[tuple[list[Tensor], float]], adaptive: bool, direction: Direction = GRADIENT
+        self,
+        groups: Sequence[tuple[list[Tensor], float]],
+        adaptive: bool,
+        layers: Sequence[Any],
+        direction: Direction = GRADIENT,
     ) -> Iterator[None]:
         """θ + ε inside, θ after it: ε = ρ g/‖g‖, or ρ |θ|²g/‖|θ|·g‖ where `adaptive`. The norm is over all
         groups and all ranks' shards together.
 
         Args:
             groups: parameters and their ρ. Those without a g stay where they are.
+            layers: those to `reshard`.
             direction: g, the gradient unless given. It is asked for again rather than kept.
         """
         moved = [
@@ -47,12 +52,12 @@ class Perturbation:
                 norm = self._norm([p for parameters, _ in moved for p in parameters], adaptive, direction)
                 for parameters, rho in moved:
                     self._apply(parameters, divide(rho, norm), adaptive, direction)
-            torch.clear_autocast_cache()  # of low-precision copies of the weights
+            _drop_copies(layers)
             yield
         finally:
             with torch.no_grad():
                 self._revert()
-            torch.clear_autocast_cache()
+            _drop_copies(layers)
 
     def _norm(self, parameters: Sequence[Tensor], adaptive: bool, direction: Direction) -> Tensor:
         tensors = [direction(p) for p in parameters]
@@ -101,6 +106,19 @@ class Perturbation:
         if copy is None or (copy.shape, copy.dtype, copy.device) != (theta.shape, theta.dtype, theta.device):
             copy = self._copies[p] = torch.empty_like(theta)
         return copy
+
+
+def reshard(layers: Sequence[Any]) -> None:
+    """Have the next forward pass gather the parameters of these fully_shard's layers from their shards, also
+    where the one before was followed by no backward pass and left them gathered."""
+    for layer in layers:
+        layer.reshard()
+
+
+def _drop_copies(layers: Sequence[Any]) -> None:
+    """Drop copies of the weights: autocast's in low precision, and those that fully_shard has gathered."""
+    torch.clear_autocast_cache()
+    reshard(layers)
 
 
 def check_rho(rho: float) -> None:

@@ -12,7 +12,7 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from rst.optim import RST, Pass
-from rst.passes import gathered_anew, require_gradients
+from rst.passes import require_gradients
 from rst.perturbation import local
 from rst.schedule import Constant, Schedule, Warmup
 
@@ -111,7 +111,7 @@ class OnePass(RST):
 
     def _sam_passes(self) -> Generator[Pass, None, bool]:
         groups = [(parameters, self.SIGN * rho) for parameters, rho in self._groups()]
-        with self._perturbation.applied(groups, self.adaptive, self._direction), gathered_anew(self._sharded):
+        with self._perturbation.applied(groups, self.adaptive, self._sharded, self._direction):
             yield "perturbed"
         require_gradients(self._gradients())
         self._complete()

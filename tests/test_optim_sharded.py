@@ -131,6 +131,22 @@ def train(kind, case):
     return {"weights": weights(model), "sam_steps": optimizer.sam_steps}
 
 
+def train_twin(kind, p, **rule):
+    """The coins and the weights of the reference, in one process."""
+    twin = build(kind)
+    X = reference.train(
+        twin,
+        adamw(twin.parameters()),
+        lambda t: reference.loss_of(twin, t),
+        lambda t, T: p,
+        STEPS,
+        rho=0.3,
+        seed=SEED,
+        **rule,
+    )
+    return X, weights(twin)
+
+
 def train_rival(name, model, closure):
     optimizer = RIVALS[name]((sgd if name == "msam" else adamw)(model.parameters()), module=model)
     for t in range(STEPS):
@@ -296,21 +312,11 @@ def trained(tmp_path_factory):
 @pytest.mark.parametrize(("world", "kind", "case"), RUNS)
 def test_sharded_steps_are_those_of_one_process(world, kind, case, trained):
     """Of the whole batch, with the norm over all shards."""
-    twin = build(kind)
-    X = reference.train(
-        twin,
-        adamw(twin.parameters()),
-        lambda t: reference.loss_of(twin, t),
-        lambda t, T: 0.5,
-        STEPS,
-        rho=0.3,
-        seed=SEED,
-        **CASES[case],
-    )
+    X, expected = train_twin(kind, 0.5, **CASES[case])
     assert 0 < sum(X) < STEPS
     for result in trained:
         assert result[world][kind, case]["sam_steps"] == sum(X)
-        assert_close(result[world][kind, case]["weights"], weights(twin))
+        assert_close(result[world][kind, case]["weights"], expected)
 
 
 @pytest.mark.parametrize(("kind", "name"), SHARDED_RIVALS)
@@ -347,19 +353,9 @@ def test_zeroing_in_place_is_refused(world, trained):
 
 @pytest.mark.parametrize("world", [1, RANKS])
 def test_the_perturbed_pass_gathers_theta_plus_eps_whatever_the_body_ends_with(world, trained):
-    twin = build("sharded")
-    reference.train(
-        twin,
-        adamw(twin.parameters()),
-        lambda t: reference.loss_of(twin, t),
-        lambda t, T: 1.0,
-        STEPS,
-        rho=0.3,
-        seed=SEED,
-        gamma=2.0,
-    )
+    _, expected = train_twin("sharded", 1.0, gamma=2.0)
     for result in trained:
-        assert_close(result[world]["look again"], weights(twin))
+        assert_close(result[world]["look again"], expected)
 
 
 @pytest.mark.parametrize("world", [1, RANKS])

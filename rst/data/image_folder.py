@@ -21,7 +21,7 @@ from PIL import Image, ImageOps
 from rst.data import images
 from rst.data.image_files import ImageFiles
 from rst.data.images import ImageData
-from rst.files import write_atomically
+from rst.files import remove_temporary, write_atomically
 
 log = logging.getLogger(__name__)
 
@@ -259,8 +259,7 @@ def _cached(path: Path, fingerprint: str, make: Callable[[], Arrays]) -> Arrays:
         arrays = make()
         labelled: Any = {"fingerprint": np.array(fingerprint), **arrays}
         try:
-            for left in path.parent.glob(f".{path.name}.*.tmp"):  # by a process that was killed
-                left.unlink()
+            remove_temporary(path.parent, path.name)
             write_atomically(path, lambda file: np.savez(file, **labelled))
         except OSError as error:
             log.warning("cannot cache decoded images, so every run decodes them: %s", error)

@@ -256,6 +256,18 @@ def test_damaged_cache_is_made_again(tmp_path: Path, opened: list[str]) -> None:
         assert len(cache.read_bytes()) == len(whole)
 
 
+def test_what_a_killed_process_left_of_a_cache_goes_with_the_next(tmp_path: Path) -> None:
+    make(tmp_path)
+    data.image_folder(str(tmp_path))
+    folder = tmp_path / ".rst-cache"
+    (folder / "original.npz").unlink()
+    left, others = folder / ".original.npz.123.tmp", folder / ".8.npz.123.tmp"
+    for path in (left, others):  # another size has a lock of its own
+        path.touch()
+    data.image_folder(str(tmp_path))
+    assert not left.exists() and others.exists()
+
+
 def test_unwritable_folder_is_decoded_in_memory_with_one_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
