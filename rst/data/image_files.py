@@ -26,7 +26,7 @@ FOR_MAIN_PROCESS = (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class Reader(Protocol):
-    """What timm's readers of folders and tar files offer."""
+    """Files of images by number, in the way of timm's readers."""
 
     def __len__(self) -> int: ...
     def __getitem__(self, index: int) -> tuple[IO[bytes], Any]: ...
@@ -166,9 +166,16 @@ def open_image(reader: Reader, index: int, mode: str = "RGB") -> Image.Image:
     try:
         file, _ = reader[index]
         with file, Image.open(file) as image:
+            require_eight_bits(image)
             return image.convert(mode)
     except Exception as error:  # a damaged file raises whatever its decoder trips over
         raise ValueError(f"cannot decode {reader.filename(index)}: {error}") from error
+
+
+def require_eight_bits(image: Image.Image) -> None:
+    """Raises ValueError where a channel has more: converted to RGB, such an image would be mostly white."""
+    if image.mode[0] in "IF":
+        raise ValueError(f"mode {image.mode} has more than 8 bits a channel")
 
 
 class _Items(Dataset):

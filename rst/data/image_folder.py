@@ -19,7 +19,7 @@ from joblib import cpu_count
 from PIL import Image, ImageOps
 
 from rst.data import images
-from rst.data.image_files import ImageFiles
+from rst.data.image_files import ImageFiles, require_eight_bits
 from rst.data.images import ImageData
 from rst.files import remove_temporary, write_atomically
 
@@ -222,8 +222,7 @@ def _open(path: Path, image_size: int | None) -> tuple[np.ndarray, bool]:
     """One image as RGB [H, W, 3], and whether its file is 8-bit greyscale."""
     try:
         with Image.open(path) as image:
-            if image.mode[0] in "IF":
-                raise ValueError(f"mode {image.mode} has more than 8 bits a channel")
+            require_eight_bits(image)
             return np.asarray(_fit(image_size)(image.convert("RGB"))), image.mode == "L"
     except Exception as error:  # a damaged file raises whatever its decoder trips over
         raise ValueError(f"cannot decode {path}: {error}") from error

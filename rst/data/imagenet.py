@@ -4,13 +4,13 @@ import io
 import itertools
 import os
 import tarfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, NamedTuple
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.data.readers.reader_image_folder import ReaderImageFolder
-from timm.data.readers.reader_image_in_tar import ReaderImageInTar
+from timm.utils.misc import natural_key
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize
 
 from rst.data import images
@@ -25,6 +25,16 @@ LAYOUTS = (
     "ROOT/train/<class>/* and ROOT/val/<class>/*, ROOT/train.tar and ROOT/val.tar with <class>/* in them, or "
     "WebDataset shards ROOT/*train*.tar and ROOT/*val*.tar with .cls labels"
 )
+
+
+class _Place(NamedTuple):
+    """Where an image is: `size` bytes of a tar file, or without a size the file itself. `name` is its path
+    within the folder or the tar file."""
+
+    file: str
+    name: str
+    offset: int = 0
+    size: int | None = None
 
 
 class _Split(NamedTuple):
@@ -45,8 +55,8 @@ def imagenet(
 ) -> ImageData:
     """ImageNet's training and validation images, decoded by `workers` processes as they are needed.
 
-    Read by timm from a folder (train/<class>/*, val/<class>/*) or tar files (train.tar, val.tar), or from
-    WebDataset shards (*train*.tar, *val*.tar, pairs of <key>.jpg and <key>.cls). Evaluation takes the centre
+    From a folder (train/<class>/*, val/<class>/*), tar files (train.tar, val.tar) or WebDataset shards
+    (*train*.tar, *val*.tar, pairs of <key>.jpg and <key>.cls). Evaluation takes the centre
     `image_size` pixels of the image resized to 8/7 of it; training does, too, unless the augmentation has
     `random_resized_crop`. Either resizes by `interpolation`: "bicubic", that of the paper's authors, or
     "bilinear", torchvision's. Mean and standard deviation are ImageNet's.
@@ -107,27 +117,82 @@ def imagenet(
 def _open(folder: Path, split: str) -> _Split:
     for name in SPLITS[split]:
         if (folder / name).is_dir():
-            folders = _ClassFolders(folder / name)
-            if "" in folders.class_to_idx:
-                raise ValueError(f"{folder / name} has images outside of class folders: expected {LAYOUTS}")
-            labels = torch.tensor([label for _, label in folders.samples])
-            return _Split(folders, labels, tuple(folders.class_to_idx))
+            return _by_class(list(_files(folder / name)), folder / name)
         shards = sorted(folder.glob(f"*{name}*.tar"))
         for shard in shards:
             _check_end(shard)
         if shards and _has_labels(shards[0]):
-            sharded = _Shards(shards)
-            present, labels = torch.tensor(sharded.labels).unique(return_inverse=True)
-            return _Split(sharded, labels, tuple(map(str, present.tolist())))
+            return _by_label(shards)
         if (path := folder / f"{name}.tar").is_file():
-            try:
-                tar = ReaderImageInTar(str(path))
-            except ValueError as error:
-                if "unpack" not in str(error):  # it unpacks its list of images
-                    raise
-                raise FileNotFoundError(f"no images in {path}: expected {LAYOUTS}") from None
-            return _Split(tar, torch.from_numpy(tar.targets), tuple(tar.class_name_to_idx))
+            with path.open("rb") as file:
+                places = [_Place(str(path), *member) for member in _members(file) if _is_image(member[0])]
+            return _by_class(places, path)
     raise FileNotFoundError(f"no {split} images in {folder}: expected {LAYOUTS} (set dataset.root=ROOT)")
+
+
+def _by_class(places: list[_Place], where: Path) -> _Split:
+    """The class is the folder that an image is in. Classes and images are in natural order: "2" before "10",
+    upper and lower case together, and what is alike then ("1" and "01") as text."""
+    if not places:
+        raise FileNotFoundError(f"no images in {where}: expected {LAYOUTS}")
+    places.sort(key=lambda place: (natural_key(place.name), place.name))
+    of_images = [os.path.basename(os.path.dirname(place.name)) for place in places]
+    classes = sorted(set(of_images), key=lambda name: (natural_key(name), name))
+    if "" in classes:
+        raise ValueError(f"{where} has images outside of class folders: expected {LAYOUTS}")
+    label_of = {name: label for label, name in enumerate(classes)}
+    labels = torch.tensor([label_of[name] for name in of_images])
+    return _Split(_Images(places), labels, tuple(classes))
+
+
+def _by_label(shards: list[Path]) -> _Split:
+    """WebDataset shards: pairs of <key>.<image extension> and <key>.cls, images in the shards' order.
+
+    WebDataset's own reader, and timm's around it, shuffle within a buffer and divide shards among workers, so
+    that order and epoch depend on how many there are, and skip what they cannot decode.
+    """
+    places, labels = [], []
+    for shard in shards:
+        with shard.open("rb") as file:
+            members = {name: (offset, size) for name, offset, size in _members(file)}
+            for name, (offset, size) in members.items():
+                if not _is_image(name):
+                    continue
+                key = os.path.splitext(name)[0]
+                if (label := members.get(f"{key}.cls")) is None:
+                    raise ValueError(f"{shard}: {name} has no label {key}.cls")
+                file.seek(label[0])
+                labels.append(int(file.read(label[1])))
+                places.append(_Place(str(shard), name, offset, size))
+    if not places:
+        raise FileNotFoundError(f"no images ({' '.join(EXTENSIONS)}) in {shards[0]} or the shards beside it")
+    present, numbers = torch.tensor(labels).unique(return_inverse=True)
+    return _Split(_Images(places), numbers, tuple(map(str, present.tolist())))
+
+
+def _is_image(name: str) -> bool:
+    return name.lower().endswith(EXTENSIONS) and not os.path.basename(name).startswith(".")
+
+
+def _files(folder: Path) -> Iterator[_Place]:
+    for parent, _, names in os.walk(folder, followlinks=True):
+        for name in filter(_is_image, names):
+            path = os.path.join(parent, name)
+            yield _Place(path, os.path.relpath(path, folder))
+
+
+def _members(file: IO[bytes]) -> Iterator[tuple[str, int, int]]:
+    """Name, offset and size of each file in a tar file; those of a tar file in it (ImageNet's has one a
+    class) as if they were in a folder of its name. Reads the headers only."""
+    with tarfile.open(fileobj=file, mode="r:") as tar:
+        while (member := tar.next()) is not None:
+            tar.members.clear()  # type: ignore[attr-defined]  # a million of them take a gigabyte
+            stem, extension = os.path.splitext(member.name)
+            if extension.lower() == ".tar" and (inner := tar.extractfile(member)):
+                for name, offset, size in _members(inner):
+                    yield f"{stem}/{name}", member.offset_data + offset, size
+            elif member.isfile():
+                yield member.name, member.offset_data, member.size
 
 
 def _check_end(path: Path, block: int = 512) -> None:
@@ -145,58 +210,25 @@ def _check_end(path: Path, block: int = 512) -> None:
 
 def _has_labels(shard: Path, within: int = 1000) -> bool:
     """Whether .cls files are among the shard's first members, as WebDataset pairs them with images."""
-    with tarfile.open(shard) as tar:
-        return any(member.name.endswith(".cls") for member in itertools.islice(tar, within))
+    with shard.open("rb") as file:
+        return any(name.endswith(".cls") for name, _, _ in itertools.islice(_members(file), within))
 
 
-class _Shards:
-    """WebDataset shards, read at random: pairs of <key>.<image extension> and <key>.cls in tar files.
+class _Images:
+    """The `Reader` of these places."""
 
-    WebDataset's own reader, and timm's around it, shuffle within a buffer and divide shards among workers, so
-    that order and epoch depend on how many there are, and skip what they cannot decode.
-    """
-
-    def __init__(self, shards: list[Path]) -> None:
-        self.places: list[tuple[Path, str, int, int]] = []  # shard, member, offset, bytes
-        self.labels: list[int] = []
-        for shard in shards:
-            with tarfile.open(shard) as tar:
-                members = {member.name: member for member in tar if member.isfile()}
-                for name, member in members.items():
-                    key, extension = os.path.splitext(name)
-                    if extension.lower() not in EXTENSIONS:
-                        continue
-                    if (label := members.get(f"{key}.cls")) is None:
-                        raise ValueError(f"{shard}: {name} has no label {key}.cls")
-                    self.places.append((shard, name, member.offset_data, member.size))
-                    self.labels.append(int(tar.extractfile(label).read()))  # type: ignore[union-attr]
-        if not self.places:
-            raise FileNotFoundError(
-                f"no images ({' '.join(EXTENSIONS)}) in {shards[0]} or the shards beside it"
-            )
+    def __init__(self, places: list[_Place]) -> None:
+        self.places = places
 
     def __len__(self) -> int:
         return len(self.places)
 
-    def __getitem__(self, index: int) -> tuple[IO[bytes], int]:
-        shard, _, offset, size = self.places[index]
-        with shard.open("rb") as file:  # opened anew: a shared one would be moved by other workers
-            file.seek(offset)
-            return io.BytesIO(file.read(size)), self.labels[index]
+    def __getitem__(self, index: int) -> tuple[IO[bytes], str]:
+        place = self.places[index]
+        with open(place.file, "rb") as file:  # opened anew: a shared one would be moved by other workers
+            file.seek(place.offset)
+            return io.BytesIO(file.read(place.size)), place.name
 
     def filename(self, index: int) -> str:
-        shard, name, _, _ = self.places[index]
-        return f"{shard}:{name}"
-
-
-class _ClassFolders(ReaderImageFolder):
-    """timm's, with whole paths in its messages."""
-
-    def __init__(self, folder: Path) -> None:
-        try:
-            super().__init__(str(folder))
-        except RuntimeError:
-            raise FileNotFoundError(f"no images in {folder}: expected {LAYOUTS}") from None
-
-    def filename(self, index: int, basename: bool = False, absolute: bool = True) -> str:
-        return super().filename(index, basename, absolute)
+        place = self.places[index]
+        return place.file if place.size is None else f"{place.file}:{place.name}"

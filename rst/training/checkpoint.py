@@ -20,9 +20,10 @@ _DIGEST_BYTES = hashlib.sha256().digest_size
 
 def require_space(folder: Path, n_bytes: int) -> None:
     """Raises OSError if the disk of `folder`, which need not exist yet, has no room for that many bytes of
-    checkpoints, including those that are there."""
+    checkpoints, including those that are there and what a killed process left of one."""
     existing = next(path for path in (folder, *folder.resolve().parents) if path.is_dir())
-    free = shutil.disk_usage(existing).free + sum(path.stat().st_size for path in folder.glob("*.pt"))
+    there = [*folder.glob("*.pt"), *folder.glob(".*.tmp")]
+    free = shutil.disk_usage(existing).free + sum(path.stat().st_size for path in there)
     if free < n_bytes:
         raise OSError(
             f"not enough space in {folder}: {n_bytes / 2**20:.0f} MiB are needed for checkpoints, "

@@ -1,6 +1,7 @@
 """One run, from its settings to its result."""
 
 import logging
+import sys
 from contextlib import closing, nullcontext
 from typing import Any
 
@@ -45,7 +46,7 @@ def train(run: Run, in_sweep: bool = False) -> dict[str, Any]:
         with run.lock() if distributed.is_first() else nullcontext():
             distributed.barrier()
             # Another process may have completed it while this one was waiting for its device.
-            return run.result(warn=False) or fit(run, training, tracker, made_with, shown=not in_sweep)
+            return run.result(warn=False) or fit(run, training, tracker, made_with, in_sweep)
 
 
 def prepare(run: Run, data: ImageData) -> Training:
@@ -95,10 +96,11 @@ def tracker_of(run: Run) -> Tracker:
 
 
 def fit(
-    run: Run, training: Training, tracker: Tracker, made_with: dict[str, Any], shown: bool
+    run: Run, training: Training, tracker: Tracker, made_with: dict[str, Any], in_sweep: bool
 ) -> dict[str, Any]:
     """Train what is left of a run whose folder is locked, record each epoch, and return the result."""
     optimizer, is_first = training.optimizer, distributed.is_first()
+    shown = is_first and not in_sweep
     parts = [made_with]
     state = checkpoint.load(run.checkpoint, run.id)
     if state is not None:
@@ -111,12 +113,12 @@ def fit(
     every = checkpoint.Every(**run.settings.checkpoint)
     if is_first:
         run.open(training.metrics)
-    if shown and is_first:
+    if shown:
         done = f", the first {optimizer.steps} done before" if optimizer.steps else ""
         log.info("%s: %d steps on %s%s", run.folder, optimizer.total_steps, made_with["device_name"], done)
 
     with (
-        Progress(training, run.split, shown and is_first) as progress,
+        Progress(training, run.split, shown) as progress,
         tracker,
         Interruption() as interruption,
         closing(training.run(interruption.requested)) as points,  # ends data workers after an error, too
@@ -147,6 +149,8 @@ def fit(
         }
         result = run.complete(measured) if is_first else measured
         tracker.summary(result)
+    if in_sweep and interruption.signal:  # since the last step: the sweep's next run must not begin
+        sys.exit(128 + interruption.signal)
     return result
 
 

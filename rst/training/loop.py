@@ -212,7 +212,7 @@ class Training:
 
         factor = self.lr_factor(step / (self.epochs * self.steps_per_epoch))
         for group, initial_lr in zip(self.optimizer.param_groups, self.initial_lrs, strict=True):
-            group["lr"] = initial_lr * factor
+            group["lr"] = float(initial_lr * factor)
         # For dropout and the like; each rank has its own stream.
         self._seed_generators(draw(self.seed, "model", self.rank * self.optimizer.total_steps + step))
         self.optimizer.gradient(closure)
@@ -333,4 +333,4 @@ class Training:
         """What tells other data from those that a run began with; of image folders, the means tell pixels."""
         data = self.data
         n = [len(data.train_labels), len(data.test_labels)]
-        return [*n, list(data.classes), list(map(float, data.mean)), list(map(float, data.std))]
+        return [*n, list(map(str, data.classes)), list(map(float, data.mean)), list(map(float, data.std))]

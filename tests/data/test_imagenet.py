@@ -216,6 +216,75 @@ def test_images_outside_of_class_folders(folder: Path, tmp_path: Path) -> None:
         imagenet(str(tmp_path / "flat"), **SMALL)
 
 
+def archive_of(images: dict[str, Image.Image]) -> bytes:
+    """A tar file with these members, in this order."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        for name, image in images.items():
+            content = io.BytesIO()
+            image.save(content, "PNG")
+            entry = tarfile.TarInfo(name)
+            entry.size = content.tell()
+            content.seek(0)
+            archive.addfile(entry, content)
+    return buffer.getvalue()
+
+
+def grey_of_classes(source: ImageData, images: list[tuple[torch.Tensor, torch.Tensor]]) -> dict[str, int]:
+    """The grey level of each class's images, which are uniform."""
+    levels: dict[str, set[int]] = {}
+    for x, y in images:
+        for pixels, label in zip(x, y, strict=True):
+            level = pixels[0, 0, 0] * source.std[0] + source.mean[0]
+            levels.setdefault(source.classes[label], set()).add(round(255 * float(level)))
+    return {name: level for name, (level,) in sorted(levels.items())}
+
+
+def test_names_alike_but_for_case_or_zeros_have_an_order_of_their_own(tmp_path: Path) -> None:
+    names = ["1", "01", "A", "a", "b10", "b2"]
+    levels = {name: 40 * i for i, name in enumerate(names)}
+    for split, order in (("train", names), ("val", names[::-1])):
+        images = {f"{n}/{i}.png": Image.new("RGB", (40, 40), (levels[n],) * 3) for n in order for i in (1, 2)}
+        (tmp_path / f"{split}.tar").write_bytes(archive_of(images))
+    source = imagenet(str(tmp_path), **SMALL)
+    assert source.classes == ("01", "1", "A", "a", "b2", "b10")
+    for of_split in (batches(source, augment=Augment()), list(data.evaluation_batches(source, 4))):
+        assert grey_of_classes(source, of_split) == dict(sorted(levels.items()))
+
+
+def test_a_tar_file_of_a_tar_file_per_class_as_imagenets_own(tmp_path: Path) -> None:
+    levels = {"n01440764": 50, "n01443537": 200}
+    for split in ("train", "val"):
+        with tarfile.open(tmp_path / f"{split}.tar", "w") as archive:
+            for name, level in levels.items():
+                images = {f"{name}_{i}.png": Image.new("RGB", (40, 40), (level,) * 3) for i in range(3)}
+                content = archive_of(images)
+                entry = tarfile.TarInfo(f"{name}.tar")
+                entry.size = len(content)
+                archive.addfile(entry, io.BytesIO(content))
+    source = imagenet(str(tmp_path), **SMALL)
+    assert grey_of_classes(source, list(data.evaluation_batches(source, 4))) == levels
+    assert len(source.train_images) == 6
+
+
+def test_a_tar_file_that_is_written_again(tmp_path: Path, tar: Path) -> None:
+    before = {path.name for path in tar.iterdir()}
+    first = batches(imagenet(str(tar), **SMALL))
+    assert {path.name for path in tar.iterdir()} == before  # the folder may be read-only
+    with tarfile.open(tar / "train.tar") as archive:
+        images = {m.name: Image.open(archive.extractfile(m)).copy() for m in archive}  # type: ignore[arg-type]
+    (tar / "train.tar").write_bytes(archive_of(dict(reversed(images.items()))))
+    assert same(batches(imagenet(str(tar), **SMALL)), first)
+
+
+def test_sixteen_bit_images_are_refused(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "copy")
+    Image.fromarray(np.full((40, 40), 700, dtype=np.uint16)).save(tmp_path / "copy/val/n01440764/0.png")
+    source = imagenet(str(tmp_path / "copy"), **SMALL)
+    with pytest.raises(ValueError, match=r"0.png: mode I;16 has more than 8 bits a channel"):
+        list(data.evaluation_batches(source, 4))
+
+
 def test_a_shard_without_a_label_or_images(webdataset: Path, tmp_path: Path) -> None:
     with tarfile.open(webdataset / "imagenet-val-000000.tar", "a") as archive:
         archive.addfile(tarfile.TarInfo("extra.jpg"))

@@ -11,6 +11,7 @@ import torch
 from conftest import wait_until
 
 from rst.training.interruption import SIGNALS, Interruption
+from rst.training.run import Run
 
 
 @pytest.mark.parametrize("number", SIGNALS)
@@ -84,6 +85,22 @@ def test_ignored_signals_stay_ignored():
             os.kill(os.getpid(), signal.SIGINT)
     finally:
         signal.signal(signal.SIGINT, former)
+
+
+def test_a_signal_at_the_very_end_of_a_run_ends_its_sweep(tmp_path, run_train, monkeypatch):
+    complete = Run.complete
+
+    def complete_and_interrupt(run, measured):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return complete(run, measured)
+
+    monkeypatch.setattr(Run, "complete", complete_and_interrupt)
+    size = ["protocol=quick", "method=sgd", "epochs=1", f"outputs={tmp_path}", f"hydra.sweep.dir={tmp_path}"]
+    with pytest.raises(SystemExit) as ended:
+        run_train("-m", "seed=0,1", *size)
+    assert ended.value.code == 128 + signal.SIGTERM
+    (result,) = tmp_path.glob("*/result.json")
+    assert "-s0-" in result.parent.name
 
 
 @pytest.mark.slow

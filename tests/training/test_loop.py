@@ -8,6 +8,7 @@ import multiprocessing
 from contextlib import nullcontext
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -258,6 +259,22 @@ def test_a_run_does_not_go_on_with_other_data():
     other.data = replace(other.data, mean=(0.51,))
     with pytest.raises(ValueError, match="the data are not those"):
         other.load_state_dict(state)
+
+
+def test_numpys_scalars_can_be_resumed():
+    """As a data set or a learning-rate schedule of one's own may have them; torch.load refuses them."""
+
+    def start():
+        run = training(some_model())
+        run.data = replace(run.data, classes=tuple(np.array(run.data.classes)))
+        run.lr_factor = lambda progress: np.float64(1.0 - progress / 2)
+        return run
+
+    run, file = start(), io.BytesIO()
+    next(iter(run.run()))
+    torch.save(run.state_dict(), file)
+    file.seek(0)
+    start().load_state_dict(torch.load(file, weights_only=True))
 
 
 class Poisoned(torch.nn.Module):
