@@ -78,7 +78,7 @@ def image_folder(
     if in_memory not in (True, False, "auto"):
         raise ValueError(f"in_memory must be auto, true or false, got {in_memory!r}")
     folder = Path(root).expanduser()
-    train, test = _scan(folder, "train"), _scan(folder, "test")
+    train, test = scan(folder, "train"), scan(folder, "test")
     train_classes, test_classes = {file.class_name for file in train}, {file.class_name for file in test}
     if different := train_classes ^ test_classes:
         only = (f"{c} only in {'train' if c in train_classes else 'test'}/" for c in sorted(different))
@@ -124,7 +124,7 @@ def image_folder(
     return images.with_noise(data, label_noise, seed, fold)
 
 
-def _scan(folder: Path, split: str) -> list[_File]:
+def scan(folder: Path, split: str) -> list[_File]:
     """The images of one split. Skips hidden files, other extensions and classes without images."""
     expected = f"expected {folder}/train/<class>/* and {folder}/test/<class>/*"
     for needed in (folder, folder / split):

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+from rst.data.image_folder import scan
 from rst.training.device import PRECISIONS, allow_tf32, cpu_threads, pick_device
 from rst.training.parts import checkpoint_bytes, optimizer_alone, part
 
@@ -96,11 +97,8 @@ def data_size(config: Mapping[str, Any]) -> DataSize:
 
 @cache
 def _folder_size(root: Path) -> DataSize:
-    folder = root / "train"
-    if not folder.is_dir():
-        raise FileNotFoundError(f"no folder {folder}, whose images a plan counts (set dataset.root=DIR)")
-    classes = [path for path in folder.iterdir() if path.is_dir()]
-    return DataSize(sum(1 for path in classes for _ in path.iterdir()), 3, 32, len(classes))
+    files = scan(root, "train")
+    return DataSize(len(files), 3, 32, len({file.class_name for file in files}))
 
 
 @cache

@@ -23,6 +23,7 @@ from rst.files import write_atomically
 from rst.optim import RST
 from rst.reporting.claims import write_claims
 from rst.reporting.records import Finished, Records, collect, recorded_in
+from rst.reporting.statistics import values
 from rst.reporting.tables import Row, Table, write_table
 from rst.schedule import probabilities
 from rst.training.parts import optimizer_alone, schedule_of
@@ -77,7 +78,8 @@ def reproduce(
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise PermissionError(f"cannot write to {folder} ({error.strerror}); choose --results") from error
-        recorded = set(recorded_in(folder).runs["id"]) if reuse else set()
+        older = recorded_in(folder).runs
+        recorded = dict(zip(older["id"], older["finished"], strict=True)) if reuse else {}
         todo = [cell for key, cell in cells.items() if key not in recorded and cell.run.result() is None]
         print(f"{len(cells)} runs, {len(todo)} to do", flush=True)
         if todo and not only_collect:
@@ -88,23 +90,28 @@ def reproduce(
         finished = {key: cell.run for key, cell in cells.items() if cell.run.result(warn=False)}
         measure_all({run.folder: radii[key] for key, run in finished.items()}, jobs=jobs)
     failures = {
-        key: reason for key, cell in cells.items() if key not in recorded and (reason := cell.run.failure())
+        key: reason
+        for key, cell in cells.items()
+        if key not in recorded and cell.run.result(warn=False) is None and (reason := cell.run.failure())
     }
     if failures.keys() == cells.keys() and not only_collect:  # the tables that are there are worth more
         reason = next(iter(failures.values()))
         raise ValueError(f"all {len(cells)} runs failed, so no table is written; the first: {reason}")
-    records = _collect(cells, failures, folder, outputs, with_older=reuse or only_collect)
+    records = _collect(cells, recorded, failures, folder, outputs, with_older=reuse or only_collect)
     for table in tables:
         files = _write(table, cells, records, failures, folder, for_print)
         page = (folder / table.name / "README.md").read_text()
         print(page.partition("\n## ")[0] if len(tables) == 1 else f"{table.name}: {table.title}")
         _log(table, cells, files, protocol, outputs)
     claims = conf / "claims" / f"{protocol}.yaml"
-    if claims.exists() and write_claims(
-        claims, {table.name: table for table in tables}, records, folder / "README.md"
-    ):
-        _draw_strength(tables, cells, records, folder)
-        print(f"claims tested: {folder / 'README.md'}")
+    if claims.exists():
+        by_name = {table.name: table for table in tables}
+        if missing := write_claims(claims, by_name, records, folder / "README.md"):
+            print(f"claims not tested: they need {', '.join(sorted(missing))}, too")
+        else:
+            print(f"claims tested: {folder / 'README.md'}")
+        if not missing and {path.parent.name for path in folder.glob("*/table.csv")} == set(by_name):
+            _draw_strength(tables, cells, records, folder)
     print(f"written to {folder}: {', '.join(table.name for table in tables)}, runs.csv and curves.csv")
     return {} if only_collect else {cells[key].run.command: reason for key, reason in failures.items()}
 
@@ -190,16 +197,23 @@ def _radii(tables: Sequence[Table], cells: Mapping[str, Cell]) -> dict[str, floa
 
 
 def _collect(
-    cells: Mapping[str, Cell], failures: Mapping[str, str], folder: Path, outputs: Path, with_older: bool
+    cells: Mapping[str, Cell],
+    recorded: Mapping[str, str],
+    failures: Mapping[str, str],
+    folder: Path,
+    outputs: Path,
+    with_older: bool,
 ) -> Records:
     """Add the finished runs to the records in `folder`, and return those that the tables are made of.
 
     Records of runs that are not here count only `with_older`, and never those of runs that failed here since.
+    What is `recorded`, when each run finished, stays, unless this is the same attempt.
     """
     finished = {
         key: Finished(result, cell.run.metrics(), cell.run.sharpness())
         for key, cell in cells.items()
         if (result := cell.run.result(warn=False)) is not None
+        and recorded.get(key, result["finished"]) == result["finished"]
     }
     records = collect(folder, finished.values(), outputs)
     ids = records.runs["id"]
@@ -215,27 +229,37 @@ def _write(
     folder: Path,
     for_print: bool,
 ) -> list[Path]:
-    # The schedules of the first column, of rows as long as most; another may have other steps, or a warmup.
+    # The schedules of the first column, of rows as long as the baseline; another may have other steps, or a
+    # warmup.
     runs = {row.label: _a_run(row, cells) for row in table.columns[0].rows if row.epochs_factor == 1}
-    configs = {label: run.config for label, run in runs.items() if _tosses_coins(run)}
-    if not configs:
+    runs = {label: run for label, run in runs.items() if _tosses_coins(run)}
+    if not runs:
         return write_table(table, records, failures, {}, 0, 0, folder, for_print)
-    config = next(iter(configs.values()))
-    epoch_steps = steps_per_epoch(config)
+    recorded = [run for run in runs.values() if run.id in set(records.runs["id"])]
+    epoch_steps = _epoch_steps((recorded or list(runs.values()))[0], records)
+    config = next(iter(runs.values())).config
     steps = config["epochs"] * epoch_steps
-    schedules = {label: schedule_of(config, epoch_steps) for label, config in configs.items()}
+    schedules = {label: schedule_of(run.config, epoch_steps) for label, run in runs.items()}
     schedules = {k: p for k, p in schedules.items() if 0 < probabilities(p, steps).mean() < 1}
     return write_table(table, records, failures, schedules, steps, config["seed"], folder, for_print)
+
+
+def _epoch_steps(run: Run, records: Records) -> int:
+    """Of the run's record, where it has one: its images may be on another machine."""
+    steps = values("steps", {0: run.id}, records.runs)
+    return int(steps[0]) // run.config["epochs"] if len(steps) else steps_per_epoch(run.config)
 
 
 def _draw_strength(
     tables: Sequence[Table], cells: Mapping[str, Cell], records: Records, folder: Path
 ) -> None:
-    """strength.png, of the rows whose regularization has a strength p̄·γ·ρ, in the first table's setting."""
+    """strength.png, of the rows whose regularization has a strength p̄·γ·ρ, in the setting of the first table
+    of one column."""
     from rst.reporting import strength  # here, as matplotlib takes a second
 
     runs = [_a_run(row, cells) for table in tables for row in table.columns[0].rows if row.epochs_factor == 1]
-    strengths = {run.id: strength.Strength(*pair) for run in runs if (pair := _strength(run.config))}
+    pairs = {run.id: _strength(run.config, _epoch_steps(run, records)) for run in runs}
+    strengths = {run: strength.Strength(*pair) for run, pair in pairs.items() if pair}
     tables = strength.comparable(tables, strengths)
     frame = strength.points(tables, strengths, records.joined)
     if len(frame):
@@ -243,9 +267,9 @@ def _draw_strength(
         write_atomically(folder / "strength.png", partial(figure.savefig, format="png"))
 
 
-def _strength(config: Mapping[str, Any]) -> tuple[float, str] | None:
+def _strength(config: Mapping[str, Any], epoch_steps: int) -> tuple[float, str] | None:
     """p̄·γ·ρ, and when most of the SAM steps are; None where a method has more to it."""
-    optimizer = optimizer_alone(config, steps_per_epoch(config))
+    optimizer = optimizer_alone(config, epoch_steps)
     if type(optimizer) is not RST or optimizer.adaptive or optimizer.mix != "gradient":
         return None
     p = probabilities(optimizer.schedule, optimizer.total_steps)

@@ -192,7 +192,7 @@ def gather(
     `common` are overrides for every run.
 
     Raises:
-        ValueError: one of them would override what a row is.
+        ValueError: one of them would override what a row is, or all that tells two columns apart.
     """
     tables: list[Table] = []
     cells: dict[str, Cell] = {}
@@ -200,17 +200,14 @@ def gather(
         spec, settings = read_table(conf, name, protocol)
         columns = []
         for column, chosen in settings.items():
-            rows, setting, shown = [], "", column if len(settings) > 1 else ""
+            rows, epochs, setting, shown = [], {}, "", column if len(settings) > 1 else ""
             for row in spec.rows:
                 if both := _keys(row.overrides) & _keys(common):
                     raise ValueError(f"table {name}: its row {row.label} has a {both.pop()} of its own")
                 overrides = [f"protocol={protocol}", *chosen, *row.overrides, *common]
-                factor = 1.0
                 if row.epochs_factor != 1:
                     usual = _compose(_but_seeds(overrides))[0].epochs
-                    epochs = max(1, round(row.epochs_factor * usual))
-                    overrides.append(f"epochs={epochs}")
-                    factor = epochs / usual
+                    overrides.append(f"epochs={max(1, round(row.epochs_factor * usual))}")
                 if row.seeds and overrides == _but_seeds(overrides):
                     overrides.append(f"seed={row.seeds}")
                 runs, cells_of_row = {}, cells_of(overrides)
@@ -221,10 +218,16 @@ def gather(
                     cells.setdefault(run.id, replace(cell, table=name, column=column, title=title))
                 command = _train(["-m", *(text for text in overrides if not text.startswith("outputs="))])
                 folds = _folds([cell.run for cell in cells_of_row])
-                rows.append(Row(row.label, command, runs, row.published, row.source, factor, folds))
+                rows.append(Row(row.label, command, runs, row.published, row.source, folds=folds))
+                epochs[row.label] = run.config["epochs"]
                 if row.label == spec.baseline:
                     setting = _setting(run, protocol, folds)
+            usual = epochs.get(spec.baseline, 1)
+            rows = [replace(row, epochs_factor=epochs[row.label] / usual) for row in rows]
             columns.append(Column(shown, setting, rows, run.split))
+        of_columns = {tuple(row.first_run for row in column.rows) for column in columns}
+        if len(of_columns) < len(columns):
+            raise ValueError(f"table {name}: {' '.join(common)} makes two of its columns the same")
         metrics = None if spec.metrics is None else tuple(spec.metrics)
         try:
             tables.append(Table(name, spec.title, spec.reference, spec.baseline, columns, metrics))

@@ -111,7 +111,7 @@ def evaluate(claim: Claim, column: Column, records: pd.DataFrame) -> Outcome:
 
     def mean(rows: Sequence[Row]) -> pd.Series:
         measured = pd.concat([row.values(claim.metric, records) for row in rows], axis=1, join="inner")
-        return measured.map(np.log).mean(axis=1) if claim.over else measured.mean(axis=1)
+        return (measured.map(np.log) if claim.over else measured).mean(axis=1, skipna=False)
 
     gaps = paired_difference(mean(ours), mean(theirs))
     gap = estimate(gaps)
@@ -121,7 +121,7 @@ def evaluate(claim: Claim, column: Column, records: pd.DataFrame) -> Outcome:
     runs = records[records["id"].isin(asked)]
     if gap.n < len(units) or len(runs) < len(asked):
         return Outcome(claim, gap, untested="partial" if gap.n else "not run")
-    if claim.metric.startswith("seconds") and not on_one_machine(runs):
+    if claim.metric.startswith(("seconds", "images_per_second")) and not on_one_machine(runs):
         return Outcome(claim, gap, untested="not comparable: several machines")
     if gap.n < MIN_SEEDS or np.isnan(gap.low):
         return Outcome(claim, gap)
@@ -156,16 +156,18 @@ def tables_of_claims(
     return "\n\n".join(parts)
 
 
-def write_claims(path: Path, tables: Mapping[str, Table], records: Records, page: Path) -> bool:
+def write_claims(path: Path, tables: Mapping[str, Table], records: Records, page: Path) -> set[str]:
     """Put the claims of `path`, tested, into `page` between <!-- claims --> and <!-- end -->; a page that is
-    not there is made. False, with nothing written, where `tables` lack one that a claim is about."""
+    not there is made. Returns the tables that claims are about and `tables` lack; where there is one, nothing
+    is written."""
     families = read_claims(path)
-    if not {claim.table.partition("/")[0] for claims in families.values() for claim in claims} <= set(tables):
-        return False
+    needed = {claim.table.partition("/")[0] for claims in families.values() for claim in claims}
+    if missing := needed - set(tables):
+        return missing
     if not page.exists():
         write_text(page, f"# Claims under protocol {path.stem}\n\n<!-- claims -->\n<!-- end -->\n")
     fill(page, "claims", tables_of_claims(families, tables, records))
-    return True
+    return set()
 
 
 def _column(claim: Claim, tables: Mapping[str, Table]) -> Column:
@@ -205,10 +207,13 @@ def _needed(outcome: Outcome, claims: int) -> str:
 
 
 def _estimate(outcome: Outcome) -> str:
-    mean, low, high = (getattr(outcome.estimate, name) for name in ("mean", "low", "high"))
-    if outcome.claim.over:
-        text = f"× {np.exp(mean):.2f} [{np.exp(low):.2f}, {np.exp(high):.2f}]"
-    else:
-        digits, unit = (2, " points") if outcome.claim.metric == "test_error" else (3, "")
-        text = f"{mean:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]{unit}".replace("-", "−")
-    return text if outcome.estimate.n > 1 else "–"
+    gap = outcome.estimate
+    if gap.n < 2:
+        return "–"
+    digits, unit = (2, " points") if outcome.claim.metric == "test_error" else (3, "")
+
+    def text(x: float) -> str:
+        return f"{np.exp(x):.2f}" if outcome.claim.over else f"{x:+.{digits}f}".replace("-", "−")
+
+    interval = "" if np.isnan(gap.low) else f" [{text(gap.low)}, {text(gap.high)}]"  # none of equal values
+    return f"× {text(gap.mean)}{interval}" if outcome.claim.over else text(gap.mean) + interval + unit

@@ -128,7 +128,7 @@ def error(summary: Summary, frame: pd.DataFrame) -> Figure:
         axes.annotate(_named(row), (row["eta.mean"], mean), (6, 6), textcoords="offset points", fontsize=8)
     axes.set_xlabel(f"η, propagations (forward-backward passes) per step of {summary.baseline}")
     axes.set_ylabel(f"{summary.split} error (%), mean and 95 % interval")
-    axes.set_xlim(0.95, max(2.15, 1.05 * frame["eta.mean"].max()))
+    axes.set_xlim(min(0.95, 0.95 * frame["eta.mean"].min()), max(2.15, 1.05 * frame["eta.mean"].max()))
     axes.grid(color="0.92")
     axes.set_axisbelow(True)
     return figure

@@ -26,7 +26,8 @@ class Strength(NamedTuple):
 
 
 def comparable(tables: Sequence[Table], strengths: Mapping[str, Strength]) -> list[Table]:
-    """Those whose reference is another row than the baseline and has a strength, in the first one's setting.
+    """Those of one column whose reference is another row than the baseline and has a strength, in the first
+    one's setting.
 
     Args:
         strengths: by run id.
@@ -37,12 +38,12 @@ def comparable(tables: Sequence[Table], strengths: Mapping[str, Strength]) -> li
         whole = strengths.get(reference.first_run)
         return table.reference != table.baseline and whole is not None and whole.product > 0
 
-    tables = [table for table in tables if is_relative(table)]
+    tables = [table for table in tables if len(table.columns) == 1 and is_relative(table)]
     return [table for table in tables if table.columns[0].setting == tables[0].columns[0].setting]
 
 
 def points(tables: Sequence[Table], strengths: Mapping[str, Strength], records: pd.DataFrame) -> pd.DataFrame:
-    """A line for each row of the `comparable` tables' first columns that has a strength, and seeds that the
+    """A line for each row of the `comparable` tables that has a strength, and seeds that the
     baseline has, too: its label, method and strength relative to the reference's, and the estimate of each
     metric's difference to the baseline, paired by seed or part. What several tables have counts once.
 

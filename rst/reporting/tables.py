@@ -24,7 +24,7 @@ class Row:
         command: reproduces it.
         runs: the run id of each seed.
         published: test error in percent, which needs a `source`.
-        epochs_factor: its epochs over those of the table's other rows.
+        epochs_factor: its epochs over those of the table's baseline.
         folds: where a seed is trained on part seed modulo `folds` of the data, that number.
     """
 
@@ -58,7 +58,7 @@ class Row:
 
     def values(self, metric: str, records: pd.DataFrame) -> pd.Series:
         """A metric by unit: the mean of a unit's runs that the records have it of. Propagations per step are
-        per step of a row of `epochs_factor` 1, so that equal η is equal cost."""
+        per step of the baseline, so that equal η is equal cost."""
         of_seeds = values(metric, self.runs, records)
         factor = self.epochs_factor if metric in ("eta", "eta_expected") else 1.0
         return factor * of_seeds.groupby(self._unit).mean()

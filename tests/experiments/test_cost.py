@@ -76,6 +76,8 @@ def test_an_image_folder_is_counted(tmp_path):
         (tmp_path / "train" / name).mkdir(parents=True)
         for i in range(n):
             (tmp_path / "train" / name / f"{i}.png").touch()
+    (tmp_path / "train" / "a" / ".DS_Store").touch()
+    (tmp_path / "train" / ".ipynb_checkpoints").mkdir()
     assert data_size(config) == DataSize(5, 3, 16, 2)
 
 

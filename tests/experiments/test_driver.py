@@ -1,5 +1,6 @@
 """From nothing to tables, from half of it, and what goes wrong on the way."""
 
+import json
 import os
 import re
 import shutil
@@ -124,6 +125,27 @@ def test_from_the_records_alone_the_table_is_made_again(again, planned, run_scri
     places = ["--outputs", again / "outputs", "--results", results.parent]
     assert planned(*places)[:4] == [4, 0, 0, 4]
     assert planned(*places, "--reuse")[:4] == [4, 4, 0, 0]
+
+
+def test_records_stay_when_their_runs_are_repeated(again, run_script, capsys):
+    """To compare a result of one's own with the record."""
+    before = (results_of(again) / "runs.csv").read_bytes()
+    (result,) = (again / "outputs").glob("*-sam-*/result.json")
+    changed = json.loads(result.read_text()) | {"test_loss": 9.0, "finished": "2030-01-01T00:00:00+00:00"}
+    result.write_text(json.dumps(changed))
+    run_script(*script(again, "--reuse"), *SHORT)
+    assert (results_of(again) / "runs.csv").read_bytes() == before
+    run_script(*script(again), *SHORT)
+    assert losses(again).eq(9.0).sum() == 1
+
+
+def test_a_completed_run_counts_whatever_failed_before(again, run_script, capsys):
+    """On another machine, say, whose folder this one's was copied over."""
+    (run,) = (again / "outputs").glob("*-sam-*")
+    (run / "failed.json").write_text('{"error": "no data"}')
+    run_script(*script(again, "--collect"), *SHORT)
+    assert "no data" not in (results_of(again) / "imagenet" / "README.md").read_text()
+    run_script(*script(again), *SHORT)
 
 
 def test_tables_are_where_the_whole_ones_are_only_if_they_are_whole(tmp_path, monkeypatch):

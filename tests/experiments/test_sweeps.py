@@ -193,6 +193,9 @@ def test_rows_of_more_or_fewer_epochs(conf):
     assert longer.epochs_factor == 8 / 5  # rounded to whole epochs
     assert cells[longer.runs[0]].run.config["epochs"] == 8 and "epochs=8" in longer.command
     assert "5 epochs" in table.columns[0].setting
+    rows[1] = {"label": "longer", "overrides": ["method=sgd", "epochs=15"]}
+    (table,), _ = gather(["t"], conf(rows=rows, baseline="longer"), "quick", ["batch_size=32", "seed=0"])
+    assert [row.epochs_factor for row in table.columns[0].rows] == [2, 1, 2]
 
 
 def test_a_columns_seeds_come_before_a_rows_and_those_before_the_tables(conf):
@@ -238,6 +241,11 @@ def test_a_contradictory_table_is_refused(conf, keys, message):
 def test_what_a_row_is_cannot_be_overridden():
     with pytest.raises(ValueError, match="its row SAM at ρ/2 has a rho of its own"):
         gather(["budget"], CONF, "quick", ["seed=0", "rho=0.2"])
+
+
+def test_what_tells_columns_apart_cannot_be_overridden():
+    with pytest.raises(ValueError, match=r"dataset.label_noise=0.2 makes two of its columns the same"):
+        gather(["label_noise"], CONF, "quick", ["dataset.label_noise=0.2"])
 
 
 def test_settings_of_hydra_are_the_launchers():

@@ -6,7 +6,7 @@ import pytest
 from sample_runs import column, records, results, table
 from scipy import stats
 
-from rst.reporting.claims import Claim, evaluate, read_claims, tables_of_claims, write_claims
+from rst.reporting.claims import Claim, _estimate, evaluate, read_claims, tables_of_claims, write_claims
 from rst.reporting.statistics import holm
 
 RST_ABOVE_SAM = {"claim": "A claim", "table": "small", "row": "RST", "minus": "SAM"}
@@ -56,9 +56,19 @@ def test_ratios_are_of_geometric_means():
 
 
 def test_times_of_several_machines_are_not_compared():
-    some = [one | {"host": "other"} if one["id"] == "rrst0" else one for one in results()]
-    found = outcome(records(some), metric="seconds.train", minus=(), over="SGD", within=0.6)
-    assert (found.verdict(0), found.p) == ("not comparable: several machines", 1)
+    some = [one | {"images_per_second": 100.0} for one in results()]
+    some = [one | {"host": "other"} if one["id"] == "rrst0" else one for one in some]
+    for metric in ("seconds.train", "images_per_second"):
+        found = outcome(records(some), metric=metric, minus=(), over="SGD", within=0.6)
+        assert (found.verdict(0), found.p) == ("not comparable: several machines", 1)
+
+
+def test_a_mean_of_rows_has_all_of_them():
+    some = results()
+    some[-1] |= {"train_loss": -0.1}  # RST's with the last seed, which has no logarithm
+    claim = Claim("ratio", "small", ["SAM", "RST"], over="SGD", below=9, metric="train_loss")
+    found = evaluate(claim, column(), records(some).joined)
+    assert (found.estimate.n, found.untested) == (4, "partial")
 
 
 def test_nothing_is_claimed_of_runs_that_are_missing_few_or_equal():
@@ -66,7 +76,8 @@ def test_nothing_is_claimed_of_runs_that_are_missing_few_or_equal():
     assert outcome(records(results()[:-1]), below=2).verdict(0) == "partial"
     two = evaluate(Claim(**RST_ABOVE_SAM, below=9), column(seeds=2), records().joined)
     assert (two.verdict(two.p), two.p) == ("undecided", 1)
-    assert outcome(minus="SGD", below=0).p == 1  # −3 with every seed
+    equal = outcome(minus="SGD", below=0)  # −3 with every seed
+    assert equal.p == 1 and _estimate(equal) == "−3.00 points"
     assert outcome(metric="lambda_max", below=0).verdict(0) == "not run"  # not measured
 
 
@@ -157,11 +168,11 @@ def test_claims_are_written_into_a_page(tmp_path):
     families(tmp_path)
     page, made = tmp_path / "README.md", records()
     page.write_text("By hand.\n\n<!-- claims -->\nold\n<!-- end -->\nMore by hand.\n")
-    assert not write_claims(tmp_path / "claims.yaml", {"small": table()}, made, page)
+    assert write_claims(tmp_path / "claims.yaml", {"small": table()}, made, page) == {"several"}
     assert "old" in page.read_text()
-    assert write_claims(tmp_path / "claims.yaml", tables(), made, page)
+    assert not write_claims(tmp_path / "claims.yaml", tables(), made, page)
     text = page.read_text()
     assert text.startswith("By hand.") and text.endswith("More by hand.\n") and "old" not in text
     assert tables_of_claims(read_claims(tmp_path / "claims.yaml"), tables(), made) in text
-    assert write_claims(tmp_path / "claims.yaml", tables(), made, tmp_path / "new.md")
+    assert not write_claims(tmp_path / "claims.yaml", tables(), made, tmp_path / "new.md")
     assert "RST is not worse than SAM" in (tmp_path / "new.md").read_text()

@@ -1,5 +1,7 @@
 """Figures show the numbers that they are made of. How they look is judged by eye."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from sample_runs import column, records, results, table
@@ -88,6 +90,15 @@ def test_errors_stand_at_their_measured_cost():
         pytest.approx((1 + 292 / 600, 9)),
         pytest.approx((2, 8)),
     ]
+
+
+def test_errors_of_rows_cheaper_than_the_baseline_are_within_the_axes():
+    asked = table()
+    asked.columns[0].rows[2] = replace(asked.columns[0].rows[2], epochs_factor=0.5)
+    axes = figures_of(asked)["error"].axes[0]
+    left, right = axes.get_xlim()
+    assert left < min(x for x, _ in points(axes).values()) == pytest.approx(0.5 * (1 + 292 / 600))
+    assert right > 2
 
 
 def test_rows_of_one_cost_have_no_figure_in_which_they_hide_each_other():

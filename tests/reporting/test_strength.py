@@ -7,6 +7,7 @@ from conftest import ROOT
 from hydra import initialize_config_dir
 from sample_runs import column, records, results, table
 
+from rst.experiments.cost import steps_per_epoch
 from rst.experiments.driver import _strength
 from rst.experiments.sweeps import cells_of
 from rst.reporting.strength import Strength, comparable, figure, points
@@ -40,7 +41,8 @@ def test_tables_are_comparable_whose_reference_has_a_strength():
     known = {key: value for key, value in KNOWN.items() if key != "rrst0"}
     same, none, zero = table(baseline="SAM"), table(reference="RST"), table(reference="SGD", baseline="SAM")
     elsewhere = table(replace(column(), setting="another"))
-    assert comparable([same, none, zero, table(), elsewhere], known) == [table()]
+    several = table(column("a"), column("b"))  # whose settings are not the protocol's own
+    assert comparable([several, same, none, zero, table(), elsewhere], known) == [table()]
     assert comparable([none], known) == []
 
 
@@ -60,7 +62,7 @@ def test_tables_are_comparable_whose_reference_has_a_strength():
 def test_the_strength_of_a_run(overrides, expected):
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         (cell,) = cells_of(["protocol=quick", *overrides, "seed=0"])
-    found = _strength(cell.run.config)
+    found = _strength(cell.run.config, steps_per_epoch(cell.run.config))
     if expected is None:
         assert found is None
     else:
