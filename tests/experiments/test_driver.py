@@ -295,8 +295,8 @@ def test_two_drivers_at_once_share_the_runs(reproduced, tmp_path, start):
     pd.testing.assert_series_equal(losses(tmp_path), losses(reproduced[0]))
 
 
-def test_streamed_images_under_joblib(tmp_path):
-    """Its processes start the loader's."""
+def test_streamed_images_under_joblib(tmp_path, run_script, capsys):
+    """Its processes start the loader's. The records need no images."""
     for split, n in (("train", 4), ("test", 2)):
         for name in ("a", "b"):
             folder = tmp_path / "images" / split / name
@@ -308,6 +308,9 @@ def test_streamed_images_under_joblib(tmp_path):
     done = in_a_process(tmp_path, short=short)
     assert done.returncode == 0, done.stderr
     assert len(finished_runs(tmp_path)) == 4
+    shutil.rmtree(tmp_path / "images")
+    run_script(*script(tmp_path, "--reuse"), *short)
+    assert "4 runs, 0 to do" in capsys.readouterr().out
 
 
 def test_submitit_and_its_settings(again, run_script, capsys):
