@@ -7,7 +7,7 @@ TABLE ?= $(or $(TABLES_$(PROTOCOL)),overview)
 LAUNCHER ?= joblib
 ARGS ?= # overrides for every run of a table, such as epochs=1
 SHARPNESS ?= # 1: also measure the sharpness of the runs
-REUSE ?= # 1: runs recorded in results/<protocol>/runs.csv count as complete
+REUSE ?= # 1: runs recorded in results/<protocol>/runs.csv count as complete and stay as they are
 PRINT ?= # 1: also write the tables as LaTeX and the figures as PDF
 RATE ?= # images a second of one propagation, for the plan; by default it is measured
 JOBS ?= # processes at once, with joblib; by default one a core

@@ -26,10 +26,10 @@ FOR_MAIN_PROCESS = (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class Reader(Protocol):
-    """Files of images by number, in the way of timm's readers."""
+    """Files of images, by number."""
 
     def __len__(self) -> int: ...
-    def __getitem__(self, index: int) -> tuple[IO[bytes], Any]: ...
+    def __getitem__(self, index: int) -> IO[bytes]: ...
     def filename(self, index: int) -> str: ...
 
 
@@ -164,8 +164,7 @@ def _begin_worker(parent: int, number: int) -> None:
 def open_image(reader: Reader, index: int, mode: str = "RGB") -> Image.Image:
     """Raises ValueError naming the file where it cannot be decoded, truncated ones included."""
     try:
-        file, _ = reader[index]
-        with file, Image.open(file) as image:
+        with reader[index] as file, Image.open(file) as image:
             require_eight_bits(image)
             return image.convert(mode)
     except Exception as error:  # a damaged file raises whatever its decoder trips over

@@ -152,8 +152,8 @@ class _Files:
     def __len__(self) -> int:
         return len(self.files)
 
-    def __getitem__(self, index: int) -> tuple[IO[bytes], str]:
-        return self.files[index].path.open("rb"), self.files[index].class_name
+    def __getitem__(self, index: int) -> IO[bytes]:
+        return self.files[index].path.open("rb")
 
     def filename(self, index: int) -> str:
         return str(self.files[index].path)

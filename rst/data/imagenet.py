@@ -6,7 +6,7 @@ import os
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -119,20 +119,19 @@ def _open(folder: Path, split: str) -> _Split:
         if (folder / name).is_dir():
             return _by_class(list(_files(folder / name)), folder / name)
         shards = sorted(folder.glob(f"*{name}*.tar"))
-        for shard in shards:
-            _check_end(shard)
         if shards and _has_labels(shards[0]):
             return _by_label(shards)
         if (path := folder / f"{name}.tar").is_file():
             with path.open("rb") as file:
-                places = [_Place(str(path), *member) for member in _members(file) if _is_image(member[0])]
+                members = _members(file, str(path))
+                places = [_Place(str(path), *member) for member in members if _is_image(member[0])]
             return _by_class(places, path)
     raise FileNotFoundError(f"no {split} images in {folder}: expected {LAYOUTS} (set dataset.root=ROOT)")
 
 
 def _by_class(places: list[_Place], where: Path) -> _Split:
     """The class is the folder that an image is in. Classes and images are in natural order: "2" before "10",
-    upper and lower case together, and what is alike then ("1" and "01") as text."""
+    ignoring case; ties ("1", "01") as text."""
     if not places:
         raise FileNotFoundError(f"no images in {where}: expected {LAYOUTS}")
     places.sort(key=lambda place: (natural_key(place.name), place.name))
@@ -154,7 +153,7 @@ def _by_label(shards: list[Path]) -> _Split:
     places, labels = [], []
     for shard in shards:
         with shard.open("rb") as file:
-            members = {name: (offset, size) for name, offset, size in _members(file)}
+            members = {name: (offset, size) for name, offset, size in _members(file, str(shard))}
             for name, (offset, size) in members.items():
                 if not _is_image(name):
                     continue
@@ -175,43 +174,47 @@ def _is_image(name: str) -> bool:
 
 
 def _files(folder: Path) -> Iterator[_Place]:
-    for parent, _, names in os.walk(folder, followlinks=True):
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        inside = os.path.relpath(parent, folder)
         for name in filter(_is_image, names):
-            path = os.path.join(parent, name)
-            yield _Place(path, os.path.relpath(path, folder))
+            yield _Place(os.path.join(parent, name), os.path.normpath(f"{inside}/{name}"))
 
 
-def _members(file: IO[bytes]) -> Iterator[tuple[str, int, int]]:
+def _members(file: IO[bytes], path: str) -> Iterator[tuple[str, int, int]]:
     """Name, offset and size of each file in a tar file; those of a tar file in it (ImageNet's has one a
-    class) as if they were in a folder of its name. Reads the headers only."""
-    with tarfile.open(fileobj=file, mode="r:") as tar:
-        while (member := tar.next()) is not None:
-            tar.members.clear()  # type: ignore[attr-defined]  # a million of them take a gigabyte
-            stem, extension = os.path.splitext(member.name)
-            if extension.lower() == ".tar" and (inner := tar.extractfile(member)):
-                for name, offset, size in _members(inner):
-                    yield f"{stem}/{name}", member.offset_data + offset, size
-            elif member.isfile():
-                yield member.name, member.offset_data, member.size
-
-
-def _check_end(path: Path, block: int = 512) -> None:
-    """Refuse a file without a tar file's end, two blocks of zeros: readers make do with what there is of one
-    that is incomplete.
+    class) as if they were in a folder of its name. Reads the headers only.
 
     Raises:
-        ValueError: naming the file.
+        ValueError: naming `path`, where it does not go on to a tar file's end, two blocks of zeros.
     """
-    with path.open("rb") as file:
-        file.seek(-min(2 * block, path.stat().st_size), os.SEEK_END)
-        if file.read() != bytes(2 * block):
-            raise ValueError(f"{path} is incomplete or no tar file (it lacks a tar file's end): replace it")
+    try:
+        with tarfile.open(fileobj=file, mode="r:") as tar:
+            while (member := tar.next()) is not None:
+                tar.members.clear()  # type: ignore[attr-defined]  # a million of them take a gigabyte
+                if not member.isfile():
+                    continue
+                name = os.path.normpath(member.name)
+                stem, extension = os.path.splitext(name)
+                if extension.lower() == ".tar":
+                    inner: Any = tar.extractfile(member)
+                    for of_inner, offset, size in _members(inner, f"{path}:{name}"):
+                        yield f"{stem}/{of_inner}", member.offset_data + offset, size
+                else:
+                    yield name, member.offset_data, member.size
+            file.seek(tar.offset)
+            if file.read(1024) != bytes(1024):  # tarfile makes do with what there is
+                raise tarfile.ReadError("it lacks a tar file's end")
+    except tarfile.TarError as error:
+        raise ValueError(f"{path} is incomplete or no tar file ({error}): replace it") from error
 
 
 def _has_labels(shard: Path, within: int = 1000) -> bool:
     """Whether .cls files are among the shard's first members, as WebDataset pairs them with images."""
     with shard.open("rb") as file:
-        return any(name.endswith(".cls") for name, _, _ in itertools.islice(_members(file), within))
+        return any(
+            name.endswith(".cls") for name, _, _ in itertools.islice(_members(file, str(shard)), within)
+        )
 
 
 class _Images:
@@ -223,11 +226,11 @@ class _Images:
     def __len__(self) -> int:
         return len(self.places)
 
-    def __getitem__(self, index: int) -> tuple[IO[bytes], str]:
+    def __getitem__(self, index: int) -> IO[bytes]:
         place = self.places[index]
         with open(place.file, "rb") as file:  # opened anew: a shared one would be moved by other workers
             file.seek(place.offset)
-            return io.BytesIO(file.read(place.size)), place.name
+            return io.BytesIO(file.read(place.size))
 
     def filename(self, index: int) -> str:
         place = self.places[index]

@@ -149,8 +149,8 @@ def _train_on(data: ImageData, indices: torch.Tensor) -> ImageData:
 
 
 def with_noise(data: ImageData, fraction: float | None, seed: int, fold: int | None = None) -> ImageData:
-    """`data` with `noisy_labels` for training, drawn anew for each `fold`, for 2 and 12 of 10 folds,
-    too, which are one part; None changes nothing."""
+    """`data` with `noisy_labels` for training, drawn anew for each `fold`, even for 2 and 12 of 10
+    folds, which are the same part; None changes nothing."""
     if fraction is None:
         return data
     return replace(

@@ -61,7 +61,7 @@ def reproduce(
         launcher: one of Hydra's.
         jobs: processes at once, with joblib; None: one a core.
         only_collect: run nothing.
-        reuse: runs that runs.csv records count as complete.
+        reuse: runs that runs.csv records count as complete, and their records stay.
         sharpness: measure the sharpness of all finished runs.
         for_print: write the tables also as LaTeX, the figures also as PDF.
     """
@@ -85,19 +85,28 @@ def reproduce(
         if todo and not only_collect:
             run_all(todo, len(cells), Launcher(launcher, with_outputs(settings, outputs)))
 
-    if sharpness:
-        radii = _radii(tables, cells)
-        finished = {key: cell.run for key, cell in cells.items() if cell.run.result(warn=False)}
-        measure_all({run.folder: radii[key] for key, run in finished.items()}, jobs=jobs)
+    here = {key: result for key, cell in cells.items() if (result := cell.run.result(warn=False))}
     failures = {
         key: reason
         for key, cell in cells.items()
-        if key not in recorded and cell.run.result(warn=False) is None and (reason := cell.run.failure())
+        if key not in recorded and key not in here and (reason := cell.run.failure())
     }
+    # Of a recorded run only the same attempt counts, as it may add its sharpness.
+    done = {key: it for key, it in here.items() if recorded.get(key, it["finished"]) == it["finished"]}
+    if sharpness:
+        radii = _radii(tables, cells)
+        measure_all({cells[key].run.folder: radii[key] for key in done}, jobs=jobs)
     if failures.keys() == cells.keys() and not only_collect:  # the tables that are there are worth more
         reason = next(iter(failures.values()))
         raise ValueError(f"all {len(cells)} runs failed, so no table is written; the first: {reason}")
-    records = _collect(cells, recorded, failures, folder, outputs, with_older=reuse or only_collect)
+    finished = [
+        Finished(it, cells[key].run.metrics(), cells[key].run.sharpness()) for key, it in done.items()
+    ]
+    records = collect(folder, finished, outputs)
+    # Recorded runs that are not here may count, too, but not those that failed here since.
+    ids = records.runs["id"]
+    kept = ~ids.isin([*failures]) if reuse or only_collect else ids.isin([*done])
+    records = records._replace(runs=records.runs[kept])
     for table in tables:
         files = _write(table, cells, records, failures, folder, for_print)
         page = (folder / table.name / "README.md").read_text()
@@ -110,8 +119,10 @@ def reproduce(
             print(f"claims not tested: they need {', '.join(sorted(missing))}, too")
         else:
             print(f"claims tested: {folder / 'README.md'}")
-        if not missing and {path.parent.name for path in folder.glob("*/table.csv")} == set(by_name):
-            _draw_strength(tables, cells, records, folder)
+            if others := {path.parent.name for path in folder.glob("*/table.csv")} - set(by_name):
+                print(f"strength.png not redrawn: it needs {', '.join(sorted(others))}, too")
+            else:
+                _draw_strength(tables, cells, records, folder)
     print(f"written to {folder}: {', '.join(table.name for table in tables)}, runs.csv and curves.csv")
     return {} if only_collect else {cells[key].run.command: reason for key, reason in failures.items()}
 
@@ -196,31 +207,6 @@ def _radii(tables: Sequence[Table], cells: Mapping[str, Cell]) -> dict[str, floa
     return radii
 
 
-def _collect(
-    cells: Mapping[str, Cell],
-    recorded: Mapping[str, str],
-    failures: Mapping[str, str],
-    folder: Path,
-    outputs: Path,
-    with_older: bool,
-) -> Records:
-    """Add the finished runs to the records in `folder`, and return those that the tables are made of.
-
-    Records of runs that are not here count only `with_older`, and never those of runs that failed here since.
-    What is `recorded`, when each run finished, stays, unless this is the same attempt.
-    """
-    finished = {
-        key: Finished(result, cell.run.metrics(), cell.run.sharpness())
-        for key, cell in cells.items()
-        if (result := cell.run.result(warn=False)) is not None
-        and recorded.get(key, result["finished"]) == result["finished"]
-    }
-    records = collect(folder, finished.values(), outputs)
-    ids = records.runs["id"]
-    kept = ~ids.isin([*failures]) if with_older else ids.isin([*finished])
-    return records._replace(runs=records.runs[kept])
-
-
 def _write(
     table: Table,
     cells: Mapping[str, Cell],
@@ -235,8 +221,7 @@ def _write(
     runs = {label: run for label, run in runs.items() if _tosses_coins(run)}
     if not runs:
         return write_table(table, records, failures, {}, 0, 0, folder, for_print)
-    recorded = [run for run in runs.values() if run.id in set(records.runs["id"])]
-    epoch_steps = _epoch_steps((recorded or list(runs.values()))[0], records)
+    epoch_steps = _epoch_steps(list(runs.values()), records)
     config = next(iter(runs.values())).config
     steps = config["epochs"] * epoch_steps
     schedules = {label: schedule_of(run.config, epoch_steps) for label, run in runs.items()}
@@ -244,10 +229,12 @@ def _write(
     return write_table(table, records, failures, schedules, steps, config["seed"], folder, for_print)
 
 
-def _epoch_steps(run: Run, records: Records) -> int:
-    """Of the run's record, where it has one: its images may be on another machine."""
-    steps = values("steps", {0: run.id}, records.runs)
-    return int(steps[0]) // run.config["epochs"] if len(steps) else steps_per_epoch(run.config)
+def _epoch_steps(runs: Sequence[Run], records: Records) -> int:
+    """Of runs that share their data. From a record, where there is one: the images may be elsewhere."""
+    for run in runs:
+        if len(steps := values("steps", {0: run.id}, records.runs)):
+            return int(steps[0]) // run.config["epochs"]
+    return steps_per_epoch(runs[0].config)
 
 
 def _draw_strength(
@@ -258,7 +245,7 @@ def _draw_strength(
     from rst.reporting import strength  # here, as matplotlib takes a second
 
     runs = [_a_run(row, cells) for table in tables for row in table.columns[0].rows if row.epochs_factor == 1]
-    pairs = {run.id: _strength(run.config, _epoch_steps(run, records)) for run in runs}
+    pairs = {run.id: _strength(run.config, _epoch_steps([run], records)) for run in runs}
     strengths = {run: strength.Strength(*pair) for run, pair in pairs.items() if pair}
     tables = strength.comparable(tables, strengths)
     frame = strength.points(tables, strengths, records.joined)

@@ -29,7 +29,7 @@ SETTING = ("dataset", "model", "augment")  # the groups whose options say what a
 class RowSpec:
     """A method with its settings. Where `overrides` sweep, a row for each combination; `label` then names the
     swept values in braces: `p = {schedule.p}`. A `published` test error, in percent, needs its `source`.
-    The row has `epochs_factor` times the epochs of the others, rounded, and may have `seeds` of its own."""
+    `epochs_factor` multiplies the row's epochs, which are then rounded; it may have `seeds` of its own."""
 
     label: str = MISSING
     overrides: list[str] = MISSING
@@ -222,12 +222,14 @@ def gather(
                 epochs[row.label] = run.config["epochs"]
                 if row.label == spec.baseline:
                     setting = _setting(run, protocol, folds)
-            usual = epochs.get(spec.baseline, 1)
-            rows = [replace(row, epochs_factor=epochs[row.label] / usual) for row in rows]
+            of_baseline = epochs.get(spec.baseline, 1)
+            rows = [replace(row, epochs_factor=epochs[row.label] / of_baseline) for row in rows]
             columns.append(Column(shown, setting, rows, run.split))
         of_columns = {tuple(row.first_run for row in column.rows) for column in columns}
         if len(of_columns) < len(columns):
-            raise ValueError(f"table {name}: {' '.join(common)} makes two of its columns the same")
+            raise ValueError(
+                f"table {name}: two columns are the same, with {' '.join(common) or 'no overrides'}"
+            )
         metrics = None if spec.metrics is None else tuple(spec.metrics)
         try:
             tables.append(Table(name, spec.title, spec.reference, spec.baseline, columns, metrics))
@@ -280,7 +282,9 @@ def table_parser(description: str | None, conf: Path) -> argparse.ArgumentParser
     parser.add_argument("--table", default="overview", type=tables, help="of conf/table: A,B or all")
     parser.add_argument("--outputs", default=OUTPUTS, type=Path, help="folder of the run folders")
     parser.add_argument("--results", type=Path, help="folder of the tables")
-    parser.add_argument("--reuse", action="store_true", help="what runs.csv records counts as complete")
+    parser.add_argument(
+        "--reuse", action="store_true", help="what runs.csv records counts as complete and stays"
+    )
     parser.add_argument("overrides", nargs="*", help="for every run, such as epochs=1")
     return parser
 

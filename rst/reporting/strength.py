@@ -26,7 +26,7 @@ class Strength(NamedTuple):
 
 
 def comparable(tables: Sequence[Table], strengths: Mapping[str, Strength]) -> list[Table]:
-    """Those of one column whose reference is another row than the baseline and has a strength, in the first
+    """Single-column tables whose reference is another row than the baseline and has a strength, in the first
     one's setting.
 
     Args:
@@ -43,9 +43,9 @@ def comparable(tables: Sequence[Table], strengths: Mapping[str, Strength]) -> li
 
 
 def points(tables: Sequence[Table], strengths: Mapping[str, Strength], records: pd.DataFrame) -> pd.DataFrame:
-    """A line for each row of the `comparable` tables that has a strength, and seeds that the
-    baseline has, too: its label, method and strength relative to the reference's, and the estimate of each
-    metric's difference to the baseline, paired by seed or part. What several tables have counts once.
+    """A line for each row of the `comparable` tables that has a strength, and seeds that the baseline has,
+    too: its label, method and strength relative to the reference's, and the estimate of each metric's
+    difference to the baseline, paired by seed or part. What several tables have counts once.
 
     Args:
         strengths: by run id.

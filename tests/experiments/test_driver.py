@@ -140,7 +140,7 @@ def test_records_stay_when_their_runs_are_repeated(again, run_script, capsys):
 
 
 def test_a_completed_run_counts_whatever_failed_before(again, run_script, capsys):
-    """On another machine, say, whose folder this one's was copied over."""
+    """Its folder may have been copied over one in which it had failed."""
     (run,) = (again / "outputs").glob("*-sam-*")
     (run / "failed.json").write_text('{"error": "no data"}')
     run_script(*script(again, "--collect"), *SHORT)
@@ -293,6 +293,27 @@ def test_two_drivers_at_once_share_the_runs(reproduced, tmp_path, start):
     # Each run was completed by one of them: a second completion would have kept the first's result.
     assert not list((tmp_path / "outputs").glob("*/result.json.old"))
     pd.testing.assert_series_equal(losses(tmp_path), losses(reproduced[0]))
+
+
+def test_claims_and_strength_are_of_all_tables(tmp_path, capsys):
+    """A command for some of them leaves the figure of all alone."""
+    results = tmp_path / "results"
+    shutil.copytree(ROOT / "results" / "quick", results / "quick")
+    figure = results / "quick" / "strength.png"
+    before = figure.read_bytes()
+
+    def printed(*tables):
+        settings = {"outputs": tmp_path, "results": results, "only_collect": True, "reuse": True}
+        reproduce(tables, ROOT / "conf", "quick", **settings)
+        return capsys.readouterr().out
+
+    assert "claims not tested: they need label_noise, too" in printed("budget")
+    text = printed("label_noise", "budget")
+    assert "claims tested" in text and "strength.png not redrawn: it needs overview, rivals, too" in text
+    assert figure.read_bytes() == before
+    for other in ("overview", "rivals"):
+        shutil.rmtree(results / "quick" / other)
+    assert "strength.png" not in printed("label_noise", "budget") and figure.read_bytes() != before
 
 
 def test_streamed_images_under_joblib(tmp_path, run_script, capsys):

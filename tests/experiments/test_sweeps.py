@@ -244,7 +244,7 @@ def test_what_a_row_is_cannot_be_overridden():
 
 
 def test_what_tells_columns_apart_cannot_be_overridden():
-    with pytest.raises(ValueError, match=r"dataset.label_noise=0.2 makes two of its columns the same"):
+    with pytest.raises(ValueError, match=r"two columns are the same, with dataset.label_noise=0.2"):
         gather(["label_noise"], CONF, "quick", ["dataset.label_noise=0.2"])
 
 
