@@ -40,10 +40,14 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object], keep: Pat
         os.close(folder)
 
 
+def temporary_files(folder: Path, name: str = "*") -> list[Path]:
+    """Those of `write_atomically`, of files of that name: being written, or left by a killed process."""
+    return list(folder.glob(f".{name}.*.tmp"))
+
+
 def remove_temporary(folder: Path, name: str = "*") -> None:
-    """Remove what `write_atomically` left there, of files of that name, when its process was killed. Nobody
-    may be writing them."""
-    for path in folder.glob(f".{name}.*.tmp"):
+    """Remove `temporary_files`, which nobody may be writing."""
+    for path in temporary_files(folder, name):
         path.unlink()
 
 

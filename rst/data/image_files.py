@@ -1,5 +1,6 @@
 """Images that stay in files and are decoded, by worker processes, when a batch needs them."""
 
+import io
 import os
 import random
 import signal
@@ -9,7 +10,7 @@ from functools import partial
 from multiprocessing import active_children, get_all_start_methods, get_context
 from multiprocessing.connection import wait
 from multiprocessing.context import BaseContext
-from typing import IO, Any, Protocol
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -25,21 +26,36 @@ MOST_WORKERS = 256  # each takes memory of its own: thousands of them would take
 FOR_MAIN_PROCESS = (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
 
-class Reader(Protocol):
-    """Files of images, by number."""
+class Place(NamedTuple):
+    """Where an image is: a file, or `size` bytes at an offset in a tar file. `name` is its path within a tar
+    file or a folder of classes, where that matters."""
 
-    def __len__(self) -> int: ...
-    def __getitem__(self, index: int) -> IO[bytes]: ...
-    def filename(self, index: int) -> str: ...
+    file: str
+    name: str = ""
+    offset: int = 0
+    size: int | None = None
+
+    def __str__(self) -> str:
+        return self.file if self.size is None else f"{self.file}:{self.name}"
+
+    def read(self) -> IO[bytes]:
+        with open(self.file, "rb") as file:  # opened anew: a shared one would be moved by other workers
+            file.seek(self.offset)
+            return io.BytesIO(file.read(self.size))
+
+
+def is_image(name: str, extensions: tuple[str, ...]) -> bool:
+    """Whether a file has one of these extensions and is not hidden."""
+    return name.lower().endswith(extensions) and not os.path.basename(name).startswith(".")
 
 
 @dataclass(frozen=True, eq=False)
 class ImageFiles:
-    """A reader's images, standing where an array of uint8 [N, C, H, W] would.
+    """Images in files, standing where an array of uint8 [N, C, H, W] would.
 
     Args:
-        reader: opens image i.
-        indices: the reader's numbers of these images.
+        places: of all images, as parts of them share it.
+        indices: which of the places have these images.
         size: (height, width) of an image when it is ready.
         fit: an image to that size, for evaluation and for training without random crops. Called in worker
             processes.
@@ -49,7 +65,7 @@ class ImageFiles:
         interpolation: of a random crop to `size`, "bilinear" or "bicubic".
     """
 
-    reader: Reader
+    places: Sequence[Place]
     indices: Tensor
     size: tuple[int, int]
     fit: Callable[[Image.Image], Image.Image]
@@ -161,14 +177,14 @@ def _begin_worker(parent: int, number: int) -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGTERM, *FOR_MAIN_PROCESS))
 
 
-def open_image(reader: Reader, index: int, mode: str = "RGB") -> Image.Image:
+def open_image(place: Place, mode: str = "RGB") -> Image.Image:
     """Raises ValueError naming the file where it cannot be decoded, truncated ones included."""
     try:
-        with reader[index] as file, Image.open(file) as image:
+        with Image.open(place.read()) as image:
             require_eight_bits(image)
             return image.convert(mode)
     except Exception as error:  # a damaged file raises whatever its decoder trips over
-        raise ValueError(f"cannot decode {reader.filename(index)}: {error}") from error
+        raise ValueError(f"cannot decode {place}: {error}") from error
 
 
 def require_eight_bits(image: Image.Image) -> None:
@@ -192,7 +208,7 @@ class _Items(Dataset):
         index, seed = item
         files = self.files
         try:
-            image = open_image(files.reader, int(files.indices[index]), files.mode)
+            image = open_image(files.places[int(files.indices[index])], files.mode)
         except ValueError as error:
             return error  # raised, it would reach the user within a worker's traceback
         if self.crop is None:

@@ -10,7 +10,7 @@ import zipfile
 from collections.abc import Callable
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from typing import IO, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from joblib import cpu_count
 from PIL import Image, ImageOps
 
 from rst.data import images
-from rst.data.image_files import ImageFiles, require_eight_bits
+from rst.data.image_files import ImageFiles, Place, is_image, require_eight_bits
 from rst.data.images import ImageData
 from rst.files import remove_temporary, write_atomically
 
@@ -107,8 +107,9 @@ def image_folder(
         mean, std = images.statistics_of_counts(made["counts"])
         height, width = map(int, made["size"])
         mode = "L" if len(mean) == 1 else "RGB"
+        places = [Place(str(file.path)) for file in files]
         pixels = ImageFiles(
-            _Files(files), torch.arange(len(files)), (height, width), _fit(image_size), mode, workers
+            places, torch.arange(len(files)), (height, width), _fit(image_size), mode, workers
         )
     labels = torch.tensor([label_of[file.class_name] for file in files])
     data = ImageData(
@@ -135,28 +136,12 @@ def scan(folder: Path, split: str) -> list[_File]:
         if class_name.startswith("."):
             continue
         for entry in sorted(os.scandir(folder / split / class_name), key=lambda entry: entry.name):
-            if entry.name.lower().endswith(EXTENSIONS) and not entry.name.startswith("."):
+            if is_image(entry.name, EXTENSIONS):
                 stat = entry.stat()
                 files.append(_File(Path(entry.path), class_name, stat.st_size, stat.st_mtime_ns))
     if not files:
         raise FileNotFoundError(f"no images in {folder / split}: {expected}, of {' '.join(EXTENSIONS)}")
     return files
-
-
-class _Files:
-    """The `Reader` of a list of files."""
-
-    def __init__(self, files: list[_File]) -> None:
-        self.files = files
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, index: int) -> IO[bytes]:
-        return self.files[index].path.open("rb")
-
-    def filename(self, index: int) -> str:
-        return str(self.files[index].path)
 
 
 def _memory() -> int:

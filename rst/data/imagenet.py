@@ -1,6 +1,5 @@
 """ImageNet, or other images in its layout, streamed from a folder, tar files or WebDataset shards."""
 
-import io
 import itertools
 import os
 import tarfile
@@ -14,7 +13,7 @@ from timm.utils.misc import natural_key
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize
 
 from rst.data import images
-from rst.data.image_files import ImageFiles, Reader
+from rst.data.image_files import ImageFiles, Place, is_image
 from rst.data.images import ImageData
 
 EXTENSIONS = (".jpeg", ".jpg", ".png", ".webp")
@@ -27,18 +26,8 @@ LAYOUTS = (
 )
 
 
-class _Place(NamedTuple):
-    """Where an image is: `size` bytes of a tar file, or without a size the file itself. `name` is its path
-    within the folder or the tar file."""
-
-    file: str
-    name: str
-    offset: int = 0
-    size: int | None = None
-
-
 class _Split(NamedTuple):
-    reader: Reader
+    places: list[Place]
     labels: torch.Tensor
     classes: tuple[str, ...]
 
@@ -83,9 +72,9 @@ def imagenet(
         more = f" and {len(only) - 5} more" if len(only) > 5 else ""
         raise ValueError(f"{folder}: train and val must have the same classes: {', '.join(only[:5])}{more}")
 
-    if name == "imagenet" and (len(train.reader), len(train.classes)) != IMAGENET:
+    if name == "imagenet" and (len(train.places), len(train.classes)) != IMAGENET:
         raise ValueError(
-            f"{folder} has {len(train.reader)} training images of {len(train.classes)} classes, which is not "
+            f"{folder} has {len(train.places)} training images of {len(train.classes)} classes, which is not "
             "ImageNet: give the data a name of their own with dataset.name=NAME"
         )
 
@@ -94,8 +83,8 @@ def imagenet(
 
     def files(split: _Split) -> ImageFiles:
         return ImageFiles(
-            split.reader,
-            torch.arange(len(split.reader)),
+            split.places,
+            torch.arange(len(split.places)),
             (image_size, image_size),
             fit,
             workers=workers,
@@ -124,12 +113,12 @@ def _open(folder: Path, split: str) -> _Split:
         if (path := folder / f"{name}.tar").is_file():
             with path.open("rb") as file:
                 members = _members(file, str(path))
-                places = [_Place(str(path), *member) for member in members if _is_image(member[0])]
+                places = [Place(str(path), *member) for member in members if is_image(member[0], EXTENSIONS)]
             return _by_class(places, path)
     raise FileNotFoundError(f"no {split} images in {folder}: expected {LAYOUTS} (set dataset.root=ROOT)")
 
 
-def _by_class(places: list[_Place], where: Path) -> _Split:
+def _by_class(places: list[Place], where: Path) -> _Split:
     """The class is the folder that an image is in. Classes and images are in natural order: "2" before "10",
     ignoring case; ties ("1", "01") as text."""
     if not places:
@@ -141,7 +130,7 @@ def _by_class(places: list[_Place], where: Path) -> _Split:
         raise ValueError(f"{where} has images outside of class folders: expected {LAYOUTS}")
     label_of = {name: label for label, name in enumerate(classes)}
     labels = torch.tensor([label_of[name] for name in of_images])
-    return _Split(_Images(places), labels, tuple(classes))
+    return _Split(places, labels, tuple(classes))
 
 
 def _by_label(shards: list[Path]) -> _Split:
@@ -155,30 +144,27 @@ def _by_label(shards: list[Path]) -> _Split:
         with shard.open("rb") as file:
             members = {name: (offset, size) for name, offset, size in _members(file, str(shard))}
             for name, (offset, size) in members.items():
-                if not _is_image(name):
+                if not is_image(name, EXTENSIONS):
                     continue
                 key = os.path.splitext(name)[0]
                 if (label := members.get(f"{key}.cls")) is None:
                     raise ValueError(f"{shard}: {name} has no label {key}.cls")
                 file.seek(label[0])
                 labels.append(int(file.read(label[1])))
-                places.append(_Place(str(shard), name, offset, size))
+                places.append(Place(str(shard), name, offset, size))
     if not places:
         raise FileNotFoundError(f"no images ({' '.join(EXTENSIONS)}) in {shards[0]} or the shards beside it")
     present, numbers = torch.tensor(labels).unique(return_inverse=True)
-    return _Split(_Images(places), numbers, tuple(map(str, present.tolist())))
+    return _Split(places, numbers, tuple(map(str, present.tolist())))
 
 
-def _is_image(name: str) -> bool:
-    return name.lower().endswith(EXTENSIONS) and not os.path.basename(name).startswith(".")
-
-
-def _files(folder: Path) -> Iterator[_Place]:
+def _files(folder: Path) -> Iterator[Place]:
     for parent, folders, names in os.walk(folder, followlinks=True):
         folders[:] = [name for name in folders if not name.startswith(".")]
         inside = os.path.relpath(parent, folder)
-        for name in filter(_is_image, names):
-            yield _Place(os.path.join(parent, name), os.path.normpath(f"{inside}/{name}"))
+        for name in names:
+            if is_image(name, EXTENSIONS):
+                yield Place(os.path.join(parent, name), os.path.normpath(f"{inside}/{name}"))
 
 
 def _members(file: IO[bytes], path: str) -> Iterator[tuple[str, int, int]]:
@@ -186,7 +172,8 @@ def _members(file: IO[bytes], path: str) -> Iterator[tuple[str, int, int]]:
     class) as if they were in a folder of its name. Reads the headers only.
 
     Raises:
-        ValueError: naming `path`, where it does not go on to a tar file's end, two blocks of zeros.
+        ValueError: naming `path`, where it does not go on to a tar file's end, two blocks of zeros, or goes
+            on after it.
     """
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:
@@ -203,8 +190,9 @@ def _members(file: IO[bytes], path: str) -> Iterator[tuple[str, int, int]]:
                 else:
                     yield name, member.offset_data, member.size
             file.seek(tar.offset)
-            if file.read(1024) != bytes(1024):  # tarfile makes do with what there is
-                raise tarfile.ReadError("it lacks a tar file's end")
+            rest = file.read(2**20)  # zeros, to a whole record
+            if len(rest) < 1024 or any(rest):  # tarfile makes do with what there is
+                raise tarfile.ReadError("it does not end as a tar file does")
     except tarfile.TarError as error:
         raise ValueError(f"{path} is incomplete or no tar file ({error}): replace it") from error
 
@@ -215,23 +203,3 @@ def _has_labels(shard: Path, within: int = 1000) -> bool:
         return any(
             name.endswith(".cls") for name, _, _ in itertools.islice(_members(file, str(shard)), within)
         )
-
-
-class _Images:
-    """The `Reader` of these places."""
-
-    def __init__(self, places: list[_Place]) -> None:
-        self.places = places
-
-    def __len__(self) -> int:
-        return len(self.places)
-
-    def __getitem__(self, index: int) -> IO[bytes]:
-        place = self.places[index]
-        with open(place.file, "rb") as file:  # opened anew: a shared one would be moved by other workers
-            file.seek(place.offset)
-            return io.BytesIO(file.read(place.size))
-
-    def filename(self, index: int) -> str:
-        place = self.places[index]
-        return place.file if place.size is None else f"{place.file}:{place.name}"

@@ -92,16 +92,14 @@ def reproduce(
         if key not in recorded and key not in here and (reason := cell.run.failure())
     }
     # Of a recorded run only the same attempt counts, as it may add its sharpness.
-    done = {key: it for key, it in here.items() if recorded.get(key, it["finished"]) == it["finished"]}
+    done = {key: r for key, r in here.items() if recorded.get(key, r["finished"]) == r["finished"]}
     if sharpness:
         radii = _radii(tables, cells)
         measure_all({cells[key].run.folder: radii[key] for key in done}, jobs=jobs)
     if failures.keys() == cells.keys() and not only_collect:  # the tables that are there are worth more
         reason = next(iter(failures.values()))
         raise ValueError(f"all {len(cells)} runs failed, so no table is written; the first: {reason}")
-    finished = [
-        Finished(it, cells[key].run.metrics(), cells[key].run.sharpness()) for key, it in done.items()
-    ]
+    finished = [Finished(r, cells[key].run.metrics(), cells[key].run.sharpness()) for key, r in done.items()]
     records = collect(folder, finished, outputs)
     # Recorded runs that are not here may count, too, but not those that failed here since.
     ids = records.runs["id"]

@@ -10,7 +10,7 @@ from typing import IO, Any
 import torch
 from pydantic import PositiveFloat, PositiveInt
 
-from rst.files import write_atomically
+from rst.files import temporary_files, write_atomically
 
 log = logging.getLogger(__name__)
 
@@ -22,7 +22,7 @@ def require_space(folder: Path, n_bytes: int) -> None:
     """Raises OSError if the disk of `folder`, which need not exist yet, has no room for that many bytes of
     checkpoints, including those that are there and what a killed process left of one."""
     existing = next(path for path in (folder, *folder.resolve().parents) if path.is_dir())
-    there = [*folder.glob("*.pt"), *folder.glob(".*.tmp")]
+    there = [*folder.glob("*.pt"), *temporary_files(folder)]
     free = shutil.disk_usage(existing).free + sum(path.stat().st_size for path in there)
     if free < n_bytes:
         raise OSError(

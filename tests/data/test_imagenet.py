@@ -51,6 +51,12 @@ def tar(folder: Path, tmp_path: Path) -> Path:
     return tmp_path
 
 
+def add(archive: tarfile.TarFile, name: str, content: bytes) -> None:
+    entry = tarfile.TarInfo(name)
+    entry.size = len(content)
+    archive.addfile(entry, io.BytesIO(content))
+
+
 @pytest.fixture
 def webdataset(folder: Path, tmp_path: Path) -> Path:
     """Two shards a split, as `imagenet-train-000000.tar`."""
@@ -62,9 +68,7 @@ def webdataset(folder: Path, tmp_path: Path) -> Path:
                 for path in chosen:
                     archive.add(path, f"{path.stem}.jpg")
                     label = str(labels[path.parent.name]).encode()
-                    entry = tarfile.TarInfo(f"{path.stem}.cls")
-                    entry.size = len(label)
-                    archive.addfile(entry, io.BytesIO(label))
+                    add(archive, f"{path.stem}.cls", label)
     return tmp_path
 
 
@@ -223,10 +227,7 @@ def archive_of(images: dict[str, Image.Image]) -> bytes:
         for name, image in images.items():
             content = io.BytesIO()
             image.save(content, "PNG")
-            entry = tarfile.TarInfo(name)
-            entry.size = content.tell()
-            content.seek(0)
-            archive.addfile(entry, content)
+            add(archive, name, content.getvalue())
     return buffer.getvalue()
 
 
@@ -258,10 +259,7 @@ def test_a_tar_file_of_a_tar_file_per_class_as_imagenets_own(tmp_path: Path) -> 
         with tarfile.open(tmp_path / f"{split}.tar", "w") as archive:
             for name, level in levels.items():
                 images = {f"{name}_{i}.png": Image.new("RGB", (40, 40), (level,) * 3) for i in range(3)}
-                content = archive_of(images)
-                entry = tarfile.TarInfo(f"{name}.tar")
-                entry.size = len(content)
-                archive.addfile(entry, io.BytesIO(content))
+                add(archive, f"{name}.tar", archive_of(images))
     source = imagenet(str(tmp_path), **SMALL)
     assert grey_of_classes(source, list(data.evaluation_batches(source, 4))) == levels
     assert len(source.train_images) == 6
@@ -295,7 +293,14 @@ def test_a_tar_file_with_a_damaged_header(tar: Path) -> None:
         imagenet(str(tar), **SMALL)
 
 
-def test_a_tar_file_that_is_written_again(tmp_path: Path, tar: Path) -> None:
+def test_a_tar_file_that_goes_on_after_its_end(tar: Path) -> None:
+    """As `cat` makes it of two, whose second one readers pass over."""
+    (tar / "val.tar").write_bytes(2 * (tar / "val.tar").read_bytes())
+    with pytest.raises(ValueError, match=r"val.tar is incomplete or no tar file"):
+        imagenet(str(tar), **SMALL)
+
+
+def test_a_tar_file_that_is_written_again(tar: Path) -> None:
     before = {path.name for path in tar.iterdir()}
     first = batches(imagenet(str(tar), **SMALL))
     assert {path.name for path in tar.iterdir()} == before  # the folder may be read-only

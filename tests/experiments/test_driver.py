@@ -127,7 +127,7 @@ def test_from_the_records_alone_the_table_is_made_again(again, planned, run_scri
     assert planned(*places, "--reuse")[:4] == [4, 4, 0, 0]
 
 
-def test_records_stay_when_their_runs_are_repeated(again, run_script, capsys):
+def test_records_stay_when_their_runs_are_repeated(again, run_script):
     """To compare a result of one's own with the record."""
     before = (results_of(again) / "runs.csv").read_bytes()
     (result,) = (again / "outputs").glob("*-sam-*/result.json")
@@ -139,7 +139,7 @@ def test_records_stay_when_their_runs_are_repeated(again, run_script, capsys):
     assert losses(again).eq(9.0).sum() == 1
 
 
-def test_a_completed_run_counts_whatever_failed_before(again, run_script, capsys):
+def test_a_completed_run_counts_whatever_failed_before(again, run_script):
     """Its folder may have been copied over one in which it had failed."""
     (run,) = (again / "outputs").glob("*-sam-*")
     (run / "failed.json").write_text('{"error": "no data"}')

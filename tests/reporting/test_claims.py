@@ -1,4 +1,5 @@
 import math
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -6,7 +7,7 @@ import pytest
 from sample_runs import column, records, results, table
 from scipy import stats
 
-from rst.reporting.claims import Claim, _estimate, evaluate, read_claims, tables_of_claims, write_claims
+from rst.reporting.claims import Claim, evaluate, read_claims, tables_of_claims, write_claims
 from rst.reporting.statistics import holm
 
 RST_ABOVE_SAM = {"claim": "A claim", "table": "small", "row": "RST", "minus": "SAM"}
@@ -76,8 +77,9 @@ def test_nothing_is_claimed_of_runs_that_are_missing_few_or_equal():
     assert outcome(records(results()[:-1]), below=2).verdict(0) == "partial"
     two = evaluate(Claim(**RST_ABOVE_SAM, below=9), column(seeds=2), records().joined)
     assert (two.verdict(two.p), two.p) == ("undecided", 1)
-    equal = outcome(minus="SGD", below=0)  # −3 with every seed
-    assert equal.p == 1 and _estimate(equal) == "−3.00 points"
+    assert outcome(minus="SGD", below=0).p == 1  # −3 with every seed
+    equal = {"F": [Claim(**RST_ABOVE_SAM | {"minus": "SGD"}, below=0)]}
+    assert "| −3.00 points |" in re.sub(" +", " ", tables_of_claims(equal, tables(), records()))
     assert outcome(metric="lambda_max", below=0).verdict(0) == "not run"  # not measured
 
 

@@ -174,11 +174,11 @@ def test_a_worker_that_is_killed(number, hint, images, tmp_path, run_train, monk
     """At work, as for lack of memory, and in the middle of an epoch."""
     open_image, opened = image_files.open_image, []
 
-    def die(reader, index, mode):
-        opened.append(index)
+    def die(place, mode):
+        opened.append(place)
         if (worker := get_worker_info()) and worker.id == 0 and len(opened) == 20:
             os.kill(os.getpid(), number)
-        return open_image(reader, index, mode)
+        return open_image(place, mode)
 
     monkeypatch.setattr(image_files, "open_image", die)
     with at_most(120), pytest.raises(SystemExit) as stopped:
