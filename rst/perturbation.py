@@ -18,14 +18,12 @@ GRADIENT: Direction = attrgetter("grad")
 class Perturbation:
     """Moves parameters to θ + ε, and back bit for bit, with one extra copy of them, allocated once.
 
-    On the CPU a parameter and its copy change places, which costs nothing. Where something may hold on to a
-    parameter's address (CUDA graphs, a flat buffer, a DTensor's shard), values are copied instead.
+    They are overwritten where they are: CUDA graphs, flat buffers and views hold on to a parameter's address.
     """
 
     def __init__(self) -> None:
         self._copies: dict[Tensor, Tensor] = {}
-        self._swapped: list[Tensor] = []
-        self._overwritten: list[Tensor] = []
+        self._moved: list[Tensor] = []
 
     @contextmanager
     def applied(
@@ -72,34 +70,20 @@ class Perturbation:
         self, parameters: Sequence[Tensor], scale: Tensor, adaptive: bool, direction: Direction
     ) -> None:
         """θ ← θ + scale·g, or θ + scale·|θ|²·g where `adaptive`. `scale`: a scalar, on any device."""
-        for p in filter(_may_swap, parameters):
-            copy, step = self._copy(p), direction(p)
-            if adaptive:
-                step = torch.mul(p, step, out=copy).mul_(p.conj())
-            torch.addcmul(p, step, scale.to(p.device), out=copy)
-            self._swap(p)
-            self._swapped.append(p)
-        others = [p for p in parameters if not _may_swap(p)]
-        if others:
-            thetas = [local(p) for p in others]
-            torch._foreach_copy_([self._copy(p) for p in others], thetas)
-            self._overwritten += others  # now that there is something to go back to
-            for theta, p in zip(thetas, others, strict=True):
-                step = local(direction(p), p)
-                step = step * theta * theta.conj() if adaptive else step
-                theta.addcmul_(step, scale.to(theta.device))
+        if not parameters:
+            return
+        thetas = [local(p) for p in parameters]
+        torch._foreach_copy_([self._copy(p) for p in parameters], thetas)
+        self._moved += parameters  # now that there is something to go back to
+        for theta, p in zip(thetas, parameters, strict=True):
+            step = local(direction(p), p)
+            step = step * theta * theta.conj() if adaptive else step
+            theta.addcmul_(step, scale.to(theta.device))
 
     def _revert(self) -> None:
-        for p in self._swapped:
-            self._swap(p)
-        if self._overwritten:
-            copies = [self._copy(p) for p in self._overwritten]
-            torch._foreach_copy_([local(p) for p in self._overwritten], copies)
-        self._swapped, self._overwritten = [], []
-
-    @torch.compiler.disable  # in a compiled training step it would lose θ
-    def _swap(self, p: Tensor) -> None:
-        p.data, self._copies[p] = self._copies[p], p.data
+        if self._moved:
+            torch._foreach_copy_([local(p) for p in self._moved], [self._copy(p) for p in self._moved])
+        self._moved = []
 
     def _copy(self, p: Tensor) -> Tensor:
         theta, copy = local(p.detach()), self._copies.get(p)
@@ -124,12 +108,6 @@ def _drop_copies(layers: Sequence[Any]) -> None:
 def check_rho(rho: float) -> None:
     if not isinstance(rho, float | Real) or not 0 <= rho < math.inf:
         raise ValueError(f"rho must be a finite number of at least 0, got {rho!r}")
-
-
-def _may_swap(p: Tensor) -> bool:
-    """Whether it is a plain tensor on the CPU, with a storage of its own."""
-    plain = p.device.type == "cpu" and type(p.data) is Tensor
-    return plain and p.untyped_storage().nbytes() == p.nbytes
 
 
 def is_sharded(tensor: Tensor) -> bool:

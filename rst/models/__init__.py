@@ -1,4 +1,4 @@
-"""The paper's models, registered with timm on import, and `create`, which builds these and timm's own."""
+"""The authors' networks, registered with timm on import, and `create`, which builds these and timm's own."""
 
 import difflib
 from typing import Any

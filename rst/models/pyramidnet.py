@@ -89,7 +89,7 @@ def _register_plain(name: str, depth: int, widening: float) -> None:
 
     build.__name__ = name
     build.__doc__ = f"""PyramidNet-{depth} of widening `alpha`. `stem_norm`: Han et al. have a norm after the
-    stem, the paper's authors have none."""
+    stem, the authors have none."""
     register(build)
 
 

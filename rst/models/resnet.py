@@ -1,4 +1,4 @@
-"""Residual networks for small images: the CIFAR family of He et al., and the wider one of the paper."""
+"""Residual networks for small images: the CIFAR family of He et al., and the authors' wider one."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -150,7 +150,7 @@ def small_image_resnet(
     in_chans: int,
     width: int,
 ) -> ResNet:
-    """The paper's ResNet for 32×32 images: a 16-channel stem without bias, pooling or ReLU, four stages."""
+    """The authors' ResNet for 32×32 images: a 16-channel stem without bias, pooling or ReLU, four stages."""
     return ResNet(block, blocks, num_classes, in_chans, width, stem=16, stem_relu=False)
 
 
@@ -160,7 +160,7 @@ def biased_block(in_channels: int, width: int, stride: int) -> BasicBlock:
 
 @register
 def cifar_resnet18(num_classes: int = 10, in_chans: int = 3, width: int = 64) -> ResNet:
-    """The paper's ResNet-18: basic blocks with bias. `width` is the first stage's channels."""
+    """The authors' ResNet-18: basic blocks with bias. `width` is the first stage's channels."""
     return small_image_resnet(biased_block, (2, 2, 2, 2), num_classes, in_chans, width)
 
 
@@ -172,7 +172,7 @@ def cifar_resnet34(num_classes: int = 10, in_chans: int = 3, width: int = 64) ->
 
 @register
 def cifar_resnet50(num_classes: int = 10, in_chans: int = 3, width: int = 64) -> ResNet:
-    """The paper's ResNet-50: bottlenecks. `width` is the first stage's channels before they grow fourfold."""
+    """The authors' ResNet-50: bottlenecks. `width` is the first stage's channels before growing fourfold."""
     return small_image_resnet(Bottleneck, (3, 4, 6, 3), num_classes, in_chans, width)
 
 

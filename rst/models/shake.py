@@ -38,7 +38,7 @@ def uniform_per_image(x: Tensor) -> Tensor:
 class ShakeDrop(nn.Module):
     """x·(b + a − b·a), backward b + β − b·β (Yamada et al. 2019), in evaluation x·keep.
 
-    b ~ Bernoulli(`keep`) for each image, as the paper's authors and google-research/sam have it, or with
+    b ~ Bernoulli(`keep`) for each image, as the authors and google-research/sam have it, or with
     `gate` "batch" once for the whole batch; a ~ U(−1, 1) and β ~ U(0, 1) for each image. So the factor is 1
     or a, and `keep` on average.
     """

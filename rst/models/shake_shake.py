@@ -1,4 +1,4 @@
-"""Shake-Shake networks of two branches (Gastaldi 2017), with the paper's shortcuts or Gastaldi's."""
+"""Shake-Shake networks of two branches (Gastaldi 2017), with the authors' shortcuts or Gastaldi's."""
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +12,7 @@ class ShiftedShortcut(nn.Module):
     """norm(concatenation of two 1×1 convolutions of x), both subsampled, the second after a shift of x by one
     pixel.
 
-    `kind`: "authors", to the left and up, as the paper's authors and google-research/sam have it; "gastaldi",
+    `kind`: "authors", to the left and up, as the authors and google-research/sam have it; "gastaldi",
     as in his code: of relu(x), to the right and down.
     """
 
@@ -93,6 +93,6 @@ class ShakeShakeNet(nn.Module):
 def wrn2x96_shakeshake(
     num_classes: int = 10, in_chans: int = 3, width: int = 96, shortcut: str = "authors"
 ) -> ShakeShakeNet:
-    """The paper's WRN-2x96; with `shortcut` "gastaldi", Gastaldi's 26 2x96d. `width` is the first group's
+    """The authors' WRN-2x96; with `shortcut` "gastaldi", Gastaldi's 26 2x96d. `width` is the first group's
     channels."""
     return ShakeShakeNet(26, num_classes, in_chans, width, shortcut)

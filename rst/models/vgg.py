@@ -46,7 +46,7 @@ class VGG(nn.Module):
 
 @register
 def cifar_vgg16_bn(num_classes: int = 10, in_chans: int = 3, width: int = 64, drop_rate: float = 0.5) -> VGG:
-    """The paper's VGG16-BN, for images of at least 32×32. `width` is the first stage's channels."""
+    """The authors' VGG16-BN, for images of at least 32×32. `width` is the first stage's channels."""
     return VGG((2, 2, 3, 3, 3), num_classes, in_chans, width, drop_rate)
 
 

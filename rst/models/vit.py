@@ -12,7 +12,7 @@ from rst.models.registry import register
 def vit_patch4(embed_dim: int, num_heads: int, **kwargs: Any) -> VisionTransformer:
     """Class token, `depth` blocks of width `embed_dim`, hidden layers four times as wide.
 
-    The paper's dropout of 0.1 follows the position embedding (`pos_drop_rate`), the attention's projection
+    The authors' dropout of 0.1 follows the position embedding (`pos_drop_rate`), the attention's projection
     and both layers of each MLP (`proj_drop_rate`), where Dosovitskiy et al. 2021 have theirs (appendix B.1),
     and the attention weights (`attn_drop_rate`), where they have none. `weight_init` "authors" is
     `initialize`, "" timm's truncated normal of standard deviation 0.02; timm has others, too. `kwargs` may
@@ -38,7 +38,7 @@ def vit_patch4(embed_dim: int, num_heads: int, **kwargs: Any) -> VisionTransform
 
 
 def initialize(model: VisionTransformer) -> None:
-    """The initialisation of the paper's authors, and of Dosovitskiy et al.'s code.
+    """The initialisation of the authors, and of Dosovitskiy et al.'s code.
 
     Xavier uniform for queries, keys and values, each on its own, for the attention's projection and the MLPs:
     standard deviations 1/√d and √(2/5d) at width d, 0.072 and 0.046 for ViT-Ti. Truncated normal of standard

@@ -1,4 +1,4 @@
-"""Wide residual networks (Zagoruyko & Komodakis 2016), in the variant of the paper: no projections."""
+"""Wide residual networks (Zagoruyko & Komodakis 2016), in the authors' variant: no projections."""
 
 import torch
 import torch.nn.functional as F
