@@ -22,12 +22,15 @@ class Joint(Optimizer):
             maximizes.
     """
 
+    _is_made = False
+
     def __init__(self, bases: Sequence[Optimizer], defaults: dict[str, Any]) -> None:
         self.bases = list(bases)
         _check(self.bases)
         for base in reversed(self.bases):
             defaults = {**defaults, **base.defaults}
         super().__init__(self.param_groups, defaults)
+        self._is_made = True
 
     @property
     def base(self) -> Optimizer:
@@ -45,9 +48,8 @@ class Joint(Optimizer):
 
     @param_groups.setter
     def param_groups(self, value: Any) -> None:
-        """Those of the base, where there is one. `Optimizer.__init__` assigns an empty list, which is not to
-        replace the bases'."""
-        if value:
+        """Those of the base, where there is one. What `Optimizer.__init__` assigns does not replace them."""
+        if self._is_made:
             self.base.param_groups = value
 
     @property
@@ -58,6 +60,8 @@ class Joint(Optimizer):
     @state.setter
     def state(self, value: Any) -> None:
         """As for `param_groups`."""
+        if self._is_made:
+            self.base.state = value
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         if not any(param_group is group for group in self.param_groups):  # as Optimizer.__init__ lists them

@@ -15,21 +15,23 @@ from torch.optim import Optimizer
 
 from rst.joint import Joint
 from rst.passes import (
-    Spent,
     buffers_kept,
     can_skip_averaging,
     check_module,
     devices_of,
     fully_sharded,
     gradients_kept,
+    mark_as_spent,
     mixed,
     random_state,
+    refuse_to_drop,
+    refuse_to_step,
     require_gradients,
     require_same_coins,
     set_random_state,
     true_gradient,
 )
-from rst.perturbation import Perturbation, check_rho, reshard, total_norm
+from rst.perturbation import Perturbation, check_rho, reshard
 from rst.schedule import Constant, Sampling, Schedule, decider, matched_gamma
 from rst.schedule import expected_propagations as expectation_of
 from rst.schedule import propagations_std as std_of
@@ -144,7 +146,7 @@ class RST(Joint):
         self.has_gradient = False
         self._drawn_by = sampling, self.schedule, total_steps, seed
         self._is_drawn = decider(*self._drawn_by)
-        self._perturbation, self._spent = Perturbation(), Spent()
+        self._perturbation = Perturbation()
         self._loop: weakref.ref[Any] | None = None
 
     @property
@@ -212,21 +214,11 @@ class RST(Joint):
             RuntimeError: without a closure and without a loop over `passes()` since the last step.
         """
         loss = None if closure is None else self.gradient(closure)
-        grads = self._spent.leave_out(self._gradients())
-        if not grads:
-            raise RuntimeError(
-                "step() has no gradient: loop over passes() to the end before it, or call step(closure)"
-            )
-        # Zero gradients are how torch.distributed.checkpoint has an optimizer set up its state.
-        if not self.has_gradient and total_norm(grads) != 0:
-            raise RuntimeError(
-                "step() was called after a backward() outside a loop over passes(), or within the loop: call "
-                "backward() in the loop, and step() after it"
-            )
+        refuse_to_step(self._gradients(), self.has_gradient)
         for base in self.bases:
             base.step()
         # They are left where they are, as wrappers such as Lookahead look at them after the step.
-        self._spent.mark(self._gradients())
+        mark_as_spent(self._gradients())
         self.has_gradient = False
         self._after_step()
         return loss
@@ -241,7 +233,7 @@ class RST(Joint):
             self._ranks_agree, self._sharded = True, fully_sharded(self.module)
         reshard(self._sharded)
         is_sam = self._decide()
-        self._spent.refuse_to_drop(self._gradients(), self.has_gradient)
+        refuse_to_drop(self._gradients(), self.has_gradient)
         self.zero_grad()
         try:
             if is_sam:
@@ -303,7 +295,8 @@ class RST(Joint):
         Args:
             is_local: whether ∇L(θ) is this rank's own, and is to be averaged together with ∇L(θ + ε).
         """
-        return mixed(list(self._parameters()), self.gamma, self.mix, is_local)
+        finds_unused = getattr(self.module, "find_unused_parameters", False)
+        return mixed(list(self._parameters()), self.gamma, self.mix, is_local, bool(finds_unused))
 
     def _complete(self) -> None:
         """After the pass of a plain step: turn ∇L(θ) in `.grad` into the step's gradient."""
@@ -323,7 +316,7 @@ class RST(Joint):
                 yield group["params"], rho
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_loop": None, "_perturbation": Perturbation(), "_spent": Spent()}
+        return {**super().__getstate__(), "_loop": None, "_perturbation": Perturbation()}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         if hasattr(self, "rho"):
@@ -342,7 +335,7 @@ class RST(Joint):
         """Warns where the state was saved by a run of another seed, schedule or total_steps."""
         for name, value in self.extra_state().items():
             if name in self.SAVED:
-                setattr(self, name, saved[name])
+                setattr(self, name, saved.get(name, value))  # another method's state has fewer
             elif saved[name] != value:
                 warnings.warn(f"the saved run had {name}={saved[name]}, this one has {value}", stacklevel=3)
         if self.has_gradient:  # of a step that will not be taken

@@ -2,8 +2,8 @@
 
 import warnings
 import zlib
-from collections.abc import Iterable, Iterator, MutableMapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -11,7 +11,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.graph import register_multi_grad_hook
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from rst.perturbation import divide, is_sharded, local, total_norm
 
@@ -66,7 +65,8 @@ def fully_sharded(module: nn.Module | None) -> list[Any]:
 @contextmanager
 def gradients_kept(parameters: Iterable[Tensor]) -> Iterator[None]:
     """On leaving, the parameters' gradients are those from before."""
-    kept = [(p, p.grad) for p in parameters]
+    # Copies, as DistributedDataParallel may have the next gradients in the same memory.
+    kept = [(p, p.grad if p.grad is None else p.grad.clone()) for p in parameters]
     for p, _ in kept:
         p.grad = None
     try:
@@ -77,18 +77,23 @@ def gradients_kept(parameters: Iterable[Tensor]) -> Iterator[None]:
 
 
 @contextmanager
-def mixed(parameters: list[Tensor], gamma: float, mix: str, is_local: bool) -> Iterator[None]:
+def mixed(
+    parameters: list[Tensor], gamma: float, mix: str, is_local: bool, finds_unused: bool = False
+) -> Iterator[None]:
     """Of gradients g on entering and g_s computed inside, (1 − γ) g + γ g_s on leaving, where `mix` is
     "normalized" (1 − γ) g/‖g‖ + γ g_s. It needs no buffer: γ·(what is kept of g + g_s) is the mix.
 
     Args:
         parameters: a gradient that is missing on one side is zero there.
         is_local: see `accumulating`.
+        finds_unused: whether DistributedDataParallel finds unused parameters. It needs a gradient of those
+            that the clean pass used, even if the perturbed one does not.
     """
     clean = [p for p in parameters if p.grad is not None]
     if gamma == 1:
         for p in clean:
-            p.grad = None  # its memory is free for the perturbed pass
+            # Its memory is free for the perturbed pass.
+            p.grad = p.grad.zero_() if finds_unused else None  # type: ignore[union-attr]
     else:
         factor = (1 - gamma) / gamma
         grads = [local(p.grad) for p in clean]  # type: ignore[arg-type]
@@ -99,7 +104,7 @@ def mixed(parameters: list[Tensor], gamma: float, mix: str, is_local: bool) -> I
                     grad.mul_(scale.to(grad.device))
             else:
                 torch._foreach_mul_(grads, factor)
-    with accumulating([] if gamma == 1 else clean, is_local):
+    with nullcontext() if gamma == 1 else accumulating(parameters, is_local):
         yield
     grads = [p.grad for p in parameters if p.grad is not None]
     require_gradients(grads)
@@ -128,17 +133,14 @@ def accumulating(parameters: list[Tensor], is_local: bool) -> Iterator[None]:
     `zero_grad` is called inside. That is seen when the first gradient of a backward pass arrives.
 
     Args:
-        parameters: all have a gradient.
+        parameters: a gradient that is missing is zero.
         is_local: whether these gradients still have to be averaged over ranks, together with the new ones.
 
     Raises:
         RuntimeError: where no gradients are computed inside, or where gradients are zeroed inside and nothing
             can be added afterwards.
     """
-    if not parameters:
-        yield
-        return
-    held = {p: (p.grad, versions_of(p.grad)) for p in parameters}
+    held = {p: (p.grad, versions_of(p.grad)) for p in parameters if p.grad is not None}
     zeroed: set[Tensor] | None = None
 
     def look(_: object = None) -> None:
@@ -167,7 +169,7 @@ def accumulating(parameters: list[Tensor], is_local: bool) -> Iterator[None]:
                 "remove zero_grad() from the loop over passes() or from the closure"
             )
         with torch.no_grad():
-            p.grad = grad if p.grad is None else p.grad.add_(grad)  # type: ignore[arg-type]
+            p.grad = grad if p.grad is None else p.grad.add_(grad)
 
 
 @torch.compiler.disable  # in a compiled backward pass, versions are not what they are
@@ -183,40 +185,53 @@ def versions_of(tensor: Tensor | None) -> tuple[int, int]:
     return tensor._version, local(tensor)._version  # type: ignore[arg-type, union-attr]
 
 
-class Spent:
-    """The gradients that a step has used, as they were then. They may stay in `.grad`, and what is added to
-    them is still noticed."""
+def mark_as_spent(grads: Iterable[Tensor]) -> None:
+    """A step has used them. They may stay in `.grad`, and what is added to them is still noticed."""
+    for grad in grads:
+        grad.spent = versions_of(grad)  # type: ignore[attr-defined]
 
-    def __init__(self) -> None:
-        self._counts: MutableMapping[Tensor, tuple[int, int]] = {}
 
-    def mark(self, grads: Iterable[Tensor]) -> None:
-        self._counts = WeakTensorKeyDictionary((grad, versions_of(grad)) for grad in grads)
+def unspent(grads: Iterable[Tensor]) -> list[Tensor]:
+    """Of `grads`, those that no step has used, or that were added to since."""
+    return [grad for grad in grads if getattr(grad, "spent", None) != versions_of(grad)]
 
-    def leave_out(self, grads: Iterable[Tensor]) -> list[Tensor]:
-        """Of `grads`, those that no step has used, or that were added to since."""
-        return [grad for grad in grads if self._counts.get(grad) != versions_of(grad)]
 
-    def refuse_to_drop(self, grads: Iterable[Tensor], has_gradient: bool) -> None:
-        """Raises RuntimeError before a step that would lose some of `grads`.
+def refuse_to_drop(grads: Iterable[Tensor], has_gradient: bool) -> None:
+    """Raises RuntimeError before a step that would lose some of `grads`.
 
-        Args:
-            has_gradient: whether they are those of a step that was not taken.
-        """
-        unused = self.leave_out(grads)
-        if not unused:  # after a step; what follows waits for the device
-            return
-        norm = total_norm(unused)  # on every rank the same
-        if has_gradient and norm.isfinite():  # else GradScaler has skipped the step
-            raise RuntimeError(
-                "passes() was called again before step(): to accumulate gradients, loop over the "
-                "micro-batches within one loop over passes(); to leave a step out, call zero_grad()"
-            )
-        if not has_gradient and norm != 0:
-            raise RuntimeError(
-                "passes() would drop the gradients of a backward() outside it: call backward() in the loop "
-                "over passes(), also to accumulate micro-batches, or drop them by zero_grad()"
-            )
+    Args:
+        has_gradient: whether they are those of a step that was not taken.
+    """
+    unused = unspent(grads)
+    if not unused:  # after a step; what follows waits for the device
+        return
+    norm = total_norm(unused)  # on every rank the same
+    if norm == 0 or (has_gradient and not norm.isfinite()):  # GradScaler has skipped it
+        return
+    if has_gradient:
+        raise RuntimeError(
+            "passes() was called again before step(): to accumulate gradients, loop over the "
+            "micro-batches within one loop over passes(); to leave a step out, call zero_grad()"
+        )
+    raise RuntimeError(
+        "passes() would drop the gradients of a backward() outside it: call backward() in the loop "
+        "over passes(), also to accumulate micro-batches, or drop them by zero_grad()"
+    )
+
+
+def refuse_to_step(grads: Iterable[Tensor], has_gradient: bool) -> None:
+    """Raises RuntimeError where `grads` are not those of a step, which is yet to be taken: `has_gradient`."""
+    unused = unspent(grads)
+    if not unused:
+        raise RuntimeError(
+            "step() has no gradient: loop over passes() to the end before it, or call step(closure)"
+        )
+    # Zero gradients are how torch.distributed.checkpoint has an optimizer set up its state.
+    if not has_gradient and total_norm(unused) != 0:
+        raise RuntimeError(
+            "step() was called after a backward() outside a loop over passes(), or within the loop: call "
+            "backward() in the loop, and step() after it"
+        )
 
 
 def require_same_coins(module: Any, parameters: Iterable[Tensor], state: dict[str, Any]) -> None:

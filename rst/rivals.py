@@ -172,6 +172,8 @@ class VSAM(Reusing):
         scaler: the `GradScaler`, where the loss is scaled: d is stored without that scale, which changes.
     """
 
+    KEY = "difference"
+
     def __init__(
         self,
         base: Bases,
@@ -235,16 +237,9 @@ class PartialAscent(RST):
         seed: int = 0,
     ) -> None:
         check("fraction", fraction, 0 < fraction <= 1, "above 0 and at most 1")
+        rule: dict[str, Any] = {"adaptive": adaptive, "sync_perturbation": sync_perturbation}
         super().__init__(
-            base,
-            schedule,
-            total_steps,
-            rho,
-            adaptive=adaptive,
-            sync_perturbation=sync_perturbation,
-            sampling=sampling,
-            module=module,
-            seed=seed,
+            base, schedule, total_steps, rho, sampling=sampling, module=module, seed=seed, **rule
         )
         self.fraction = fraction
         self._ascends, self._asked = False, list[tuple[int, int]]()  # images of parts and their batches

@@ -1,6 +1,7 @@
 """RST under DistributedDataParallel: two processes on the CPU, against the twin in one process."""
 
 import copy
+import itertools
 import os
 import warnings
 
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from by_hand import CountAveraging
 from reference import assert_close, assert_same_bits, batches, network, sgd, state
 from test_rivals import RIVALS
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from rst import RST, Linear, uniform
@@ -34,6 +36,12 @@ CASES = {
     "sync_zeroing": {"gamma": 2.0, "sync_perturbation": True},
     "sync_static_graph": {"gamma": 0.5, "sync_perturbation": True},
 }
+
+
+# γ, sync_perturbation, gradient_as_bucket_view; for some heads only one of the passes has a gradient.
+ROUTED = [
+    (gamma, sync, as_views) for gamma in (1.0, 2.0) for sync in (False, True) for as_views in (False, True)
+]
 
 
 def build(case):
@@ -107,6 +115,74 @@ def train_rival(name, rank, ranks=RANKS):
     return [p.detach().clone() for p in model.parameters()], optimizer.propagations, reductions
 
 
+class Heads(nn.Module):
+    """One of three heads computes the output."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.trunk = network(plain=True)
+        self.heads = nn.ModuleList(nn.Linear(3, 3, dtype=torch.float64) for _ in range(3))
+
+    def forward(self, x, head):
+        return self.heads[head % 3](self.trunk(x))
+
+
+def train_routed(rank, gamma, sync, as_views):
+    """The weights after SAM steps in which ranks and passes use other heads."""
+    model = Heads()
+    ddp = DistributedDataParallel(model, find_unused_parameters=True, gradient_as_bucket_view=as_views)
+    base = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = RST(base, 1.0, 6, rho=0.3, gamma=gamma, sync_perturbation=sync, module=ddp)
+    for t in range(6):
+        x, y = shard(t, rank, RANKS)
+        for which in optimizer.passes():
+            F.cross_entropy(ddp(x, rank + t + (which == "perturbed")), y).backward()
+        optimizer.step()
+    return state(model)
+
+
+def expected_routed(gamma, sync):
+    """Of a model a rank, whose final gradients are averaged; with sync of one model with both losses."""
+    models = [Heads() for _ in range(1 if sync else RANKS)]
+    for t in range(6):
+        gradients = []
+        for number, model in enumerate(models):
+            ranks, numbers = range(RANKS) if sync else [number], itertools.count()
+
+            def closure(model=model, ranks=ranks, numbers=numbers, t=t):
+                k = next(numbers)
+                losses = []
+                for rank in ranks:
+                    x, y = shard(t, rank, RANKS)
+                    losses.append(F.cross_entropy(model(x, rank + t + k), y))
+                loss = sum(losses) / len(losses)
+                loss.backward()
+                return loss
+
+            params = list(model.parameters())
+            rho = [0.3] * len(params)
+            gradients.append(reference.gradient(model, params, closure, sam=True, rho=rho, gamma=gamma).g)
+        for model in models:
+            with torch.no_grad():
+                for p, *gs in zip(model.parameters(), *gradients, strict=True):
+                    p -= 0.1 * sum(torch.zeros_like(p) if g is None else g for g in gs) / len(models)
+    return state(models[0])
+
+
+def others(rank):
+    """Gradients of parameters in no base: of the clean pass, and after the loop."""
+    model = build("others")
+    ddp = DistributedDataParallel(model, gradient_as_bucket_view=True)
+    first, *rest = model.parameters()
+    optimizer = RST(sgd([first]), 1.0, STEPS, rho=1.0, module=ddp, sync_perturbation=True)
+    for which in optimizer.passes():
+        loss_of(ddp, *shard(0, rank, RANKS))
+        if which == "clean":
+            clean = [p.grad.clone() for p in rest]
+    return clean, [p.grad.clone() for p in rest]
+
+
 def train_unwrapped(rank):
     """`module` is not the wrapper. The warnings of three steps, and the weights."""
     ddp = DistributedDataParallel(build("raw"))
@@ -173,6 +249,8 @@ def train_rank(rank, folder):
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=RANKS)
     results = {case: train(case, rank, rule) for case, rule in CASES.items()}
     results["rivals"] = {name: train_rival(name, rank) for name in RIVALS}
+    results["routed"] = {case: train_routed(rank, *case) for case in ROUTED}
+    results["others"] = others(rank)
     results["unwrapped"] = train_unwrapped(rank)
     results["buffers"] = [buffers(rank, sync) for sync in (False, True)]
     results["refusals"] = refusals(rank)
@@ -252,6 +330,19 @@ def test_rivals_in_two_processes(name, trained):
     assert others[1] == averaged
     if name != "partial":
         assert_close(zeroth, weights, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(("gamma", "sync", "as_views"), ROUTED)
+def test_parameters_that_one_pass_does_not_use(gamma, sync, as_views, trained):
+    """As in a mixture of experts. A gradient that is missing is zero."""
+    weights = expected_routed(gamma, sync)
+    for result in trained:
+        assert_close(result["routed"][gamma, sync, as_views], weights, rtol=1e-12, atol=1e-12)
+
+
+def test_gradients_of_parameters_in_no_base_are_the_clean_pass_s(trained):
+    for result in trained:
+        assert_same_bits(*result["others"])
 
 
 def test_module_that_is_not_the_wrapper(trained):

@@ -302,13 +302,18 @@ def test_passes_without_step_between_are_refused():
 
 def test_a_step_that_is_left_out():
     """Its gradients are dropped by any zero_grad(); it counts, as its propagations were made."""
-    for drop in (lambda o, m: o.zero_grad(), lambda o, m: m.zero_grad()):
+    for drop in (
+        lambda o, m: o.zero_grad(),
+        lambda o, m: m.zero_grad(),
+        lambda o, m: m.zero_grad(set_to_none=False),
+    ):
         model = network()
         optimizer = rst(model)
         optimizer.gradient(lambda model=model: loss_of(model, 0))
         drop(optimizer, model)
-        with pytest.raises(RuntimeError, match="no gradient"):
-            optimizer.step()
+        if all(p.grad is None for p in model.parameters()):
+            with pytest.raises(RuntimeError, match="no gradient"):
+                optimizer.step()
         optimizer.step(lambda model=model: loss_of(model, 1))
         assert optimizer.steps == 2
 
@@ -333,6 +338,32 @@ def test_gradients_of_another_backward_are_refused(p):
     assert optimizer.steps == 0
     optimizer.zero_grad()
     optimizer.step(lambda: loss_of(model, 0))
+
+
+def test_a_graph_kept_from_the_clean_pass_is_noticed():
+    """Its backward pass would give the gradient at θ again."""
+    model = network(plain=True)
+    before = state(model)
+    optimizer = rst(model)
+    loss = F.cross_entropy(model(batches()[0][0]), batches()[1][0])
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        optimizer.gradient(lambda: loss.backward(retain_graph=True))
+    assert_same_bits(state(model), before)
+
+
+def test_gradients_that_a_step_has_used_do_not_hinder_a_conversion():
+    """Where `Module.to` exchanges tensors, which nothing may refer to weakly."""
+    model = network(plain=True)
+    optimizer = rst(model)
+    optimizer.step(lambda: loss_of(model, 0))
+    swapping = torch.__future__.get_swap_module_params_on_conversion()
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        model.float().double()
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(swapping)
+    optimizer.zero_grad()  # they are other tensors now
+    optimizer.step(lambda: loss_of(model, 1))
 
 
 def test_gradients_that_are_zero_are_not_refused():

@@ -3,6 +3,7 @@
 import copy
 import pickle
 import warnings
+from collections import defaultdict
 
 import numpy as np
 import pytest
@@ -108,6 +109,18 @@ def test_groups_may_be_replaced():
     first, *others = model.parameters()
     optimizer.param_groups = [{**optimizer.param_groups[0], "params": part} for part in ([first], others)]
     assert [len(group["params"]) for group in optimizer.base.param_groups] == [1, len(others)]
+
+
+def test_state_may_be_replaced():
+    """To forget the momentum; nothing is forgotten in the making of an RST."""
+    model = network()
+    base = sgd(model.parameters())
+    take_steps(model, RST(base, 1.0, 10, module=model), 2)
+    optimizer = RST(base, 1.0, 10, module=model)
+    assert len(base.state) == len(list(model.parameters()))
+    optimizer.state = defaultdict(dict)
+    assert len(base.state) == 0
+    take_steps(model, optimizer, 1)
 
 
 def test_a_copy_goes_on_by_itself():

@@ -4,6 +4,7 @@ import copy
 import inspect
 import math
 import re
+import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -480,6 +481,27 @@ def test_partial_ascent_counts_what_the_loop_asked_for(whole):
     assert optimizer.images(8) == 3
     passes.close()
     assert optimizer.images(8) == 8
+
+
+def test_the_state_of_another_method_is_not_misread():
+    """LookSAM's vector is not vSAM's, whose plain step is one of SGD then; AE-SAM begins its averages."""
+    model = network(plain=True)
+    looksam = RIVALS["looksam"](sgd(model.parameters()), module=model)
+    train(model, looksam, 3)
+    vsam = VSAM(sgd(model.parameters()), schedule=Periodic(3), total_steps=T, rho=RHO)
+    aesam = RIVALS["aesam"](sgd(model.parameters()), module=model)
+    with warnings.catch_warnings(action="ignore"):  # of another schedule
+        for other in vsam, aesam:
+            other.load_state_dict(looksam.state_dict())
+    looksam.zero_grad()
+    vsam.steps = 4
+    for _ in vsam.passes():
+        body(model, vsam, 4)
+    found = [p.grad for p in model.parameters()]
+    model.zero_grad()
+    body(model, vsam, 4)
+    assert_same_bits(found, [p.grad for p in model.parameters()])
+    assert (aesam.mean, aesam.variance, aesam.steps) == (0, 0, 3)
 
 
 def test_expected_propagations():
