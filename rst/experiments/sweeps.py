@@ -152,7 +152,7 @@ def cells_of(overrides: Sequence[str]) -> list[Cell]:
     Without an override of the seed, its seeds are the protocol's. To be called within
     `hydra.initialize_config_dir`, as `gather`.
     """
-    given = [text for text in overrides if text.startswith("seed=")]
+    given = [text for text in overrides if _key(text) == "seed"]
     others = _but_seeds(overrides)
     if sweeps := [str(o.input_line) for o in _parse(others, "overrides") if o.is_sweep_override()]:
         raise ValueError(f"only seed= may sweep here, not {' '.join(sweeps)}: list the rows in conf/table")
@@ -238,12 +238,16 @@ def gather(
     return tables, cells
 
 
+def _key(override: str) -> str:
+    return override.lstrip("+~").partition("=")[0]
+
+
 def _keys(overrides: Sequence[str]) -> set[str]:
-    return {text.partition("=")[0] for text in overrides}
+    return set(map(_key, overrides))
 
 
 def _but_seeds(overrides: Sequence[str]) -> list[str]:
-    return [text for text in overrides if not text.startswith("seed=")]
+    return [text for text in overrides if _key(text) != "seed"]
 
 
 def _folds(runs: Sequence[Run]) -> int | None:

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from scipy.sparse.linalg import eigsh
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import get_total_norm
 
 Batches = Sequence[tuple[Tensor, Tensor]]  # normalized images [B, C, H, W], labels [B]
@@ -65,7 +66,8 @@ def lambda_max(model: nn.Module, batches: Batches) -> float:
     ).to_scipy()
     start = np.random.default_rng(0).standard_normal(operator.shape[0]).astype(operator.dtype)
     ncv = min(KRYLOV, len(start))
-    values = eigsh(operator, k=1, which="LA", ncv=ncv, tol=TOLERANCE, v0=start, return_eigenvectors=False)
+    with sdpa_kernel(SDPBackend.MATH):  # the attention that has a second derivative
+        values = eigsh(operator, k=1, which="LA", ncv=ncv, tol=TOLERANCE, v0=start, return_eigenvectors=False)
     return float(values[0])
 
 

@@ -150,7 +150,8 @@ def write_table(
         for suffix in ("png", "pdf") if for_print else ("png",):
             files.append(folder / f"{name}.{suffix}")
             write_atomically(files[-1], partial(figure.savefig, format=suffix))
-    for path in {*folder.rglob("*.png")}.difference(files):  # of rows that have changed since
+    ours = {folder / "table.tex", *folder.rglob("*.png"), *folder.rglob("*.pdf")}
+    for path in ours.difference(files):  # of rows that have changed since
         path.unlink(missing_ok=True)
     return files
 

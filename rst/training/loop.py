@@ -268,7 +268,8 @@ class Training:
         if epoch == self.epochs and n_images > 1:
             everyones = self._of_all_ranks(kept, n_images).numpy(force=True)
             labels = self.data.test_labels.numpy(force=True)
-            metrics["calibrated_test_loss"] = cross_fitted_loss(everyones, labels)
+            if (calibrated := cross_fitted_loss(everyones, labels)) is not None:
+                metrics["calibrated_test_loss"] = calibrated
         return metrics | {"seconds_evaluate": seconds + time.perf_counter() - begun}
 
     def _of_all_ranks(self, kept: list[Tensor], n_images: int) -> Tensor:

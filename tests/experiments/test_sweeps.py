@@ -240,7 +240,12 @@ def test_a_contradictory_table_is_refused(conf, keys, message):
 
 def test_what_a_row_is_cannot_be_overridden():
     with pytest.raises(ValueError, match="its row SAM at ρ/2 has a rho of its own"):
-        gather(["budget"], CONF, "quick", ["seed=0", "rho=0.2"])
+        gather(["budget"], CONF, "quick", ["seed=0", "++rho=0.2"])
+
+
+def test_an_added_seed_is_a_seed():
+    (table,), _ = gather(["overview"], CONF, "quick", ["++seed=3,4"])
+    assert [list(row.units) for row in table.columns[0].rows] == [[3, 4]] * len(table.columns[0].rows)
 
 
 def test_what_tells_columns_apart_cannot_be_overridden():

@@ -175,7 +175,7 @@ def test_a_table_whose_rows_toss_no_coins_has_no_schedules(tmp_path):
 
 
 def test_figures_that_a_table_no_longer_has_go(tmp_path):
-    written(table(), records(measured=["sgd"]), tmp_path)
+    written(table(), records(measured=["sgd"]), tmp_path, for_print=True)
     left = written(table(), records(), tmp_path)
     assert "sharpness.png" not in left
     assert {path.name for path in (tmp_path / "small").iterdir()} == left

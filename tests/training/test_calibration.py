@@ -55,4 +55,12 @@ def test_no_temperature_is_beyond_the_bounds():
     logits = np.eye(4)
     assert TEMPERATURES[0] <= temperature(logits, np.arange(4)) < 0.05
     assert temperature(logits, (np.arange(4) + 1) % 4) == pytest.approx(TEMPERATURES[1], rel=1e-3)
-    assert math.isfinite(cross_fitted_loss(1e4 * np.tile(logits, (2, 1)), np.arange(8) % 4))
+
+
+def test_without_a_mistake_in_a_half_no_temperature_is_best():
+    logits, labels = np.tile(np.eye(4), (2, 1)), np.arange(8) % 4
+    assert cross_fitted_loss(logits, labels) is None
+    labels[0] = 1  # in the other half there is none yet
+    assert cross_fitted_loss(logits, labels) is None
+    labels[1] = 2
+    assert math.isfinite(cross_fitted_loss(1e4 * logits, labels))
