@@ -296,7 +296,7 @@ class RST(Joint):
             is_local: whether ∇L(θ) is this rank's own, and is to be averaged together with ∇L(θ + ε).
         """
         finds_unused = getattr(self.module, "find_unused_parameters", False)
-        return mixed(list(self._parameters()), self.gamma, self.mix, is_local, bool(finds_unused))
+        return mixed(list(self._parameters()), self.gamma, self.mix, is_local, finds_unused)
 
     def _complete(self) -> None:
         """After the pass of a plain step: turn ∇L(θ) in `.grad` into the step's gradient."""
@@ -319,7 +319,7 @@ class RST(Joint):
         return {**super().__getstate__(), "_loop": None, "_perturbation": Perturbation()}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        if hasattr(self, "rho"):
+        if self._is_made:
             check_rho(param_group.get("rho", self.rho))
         super().add_param_group(param_group)
 

@@ -78,7 +78,7 @@ def gradients_kept(parameters: Iterable[Tensor]) -> Iterator[None]:
 
 @contextmanager
 def mixed(
-    parameters: list[Tensor], gamma: float, mix: str, is_local: bool, finds_unused: bool = False
+    parameters: list[Tensor], gamma: float, mix: str, is_local: bool, finds_unused: bool
 ) -> Iterator[None]:
     """Of gradients g on entering and g_s computed inside, (1 − γ) g + γ g_s on leaving, where `mix` is
     "normalized" (1 − γ) g/‖g‖ + γ g_s. It needs no buffer: γ·(what is kept of g + g_s) is the mix.

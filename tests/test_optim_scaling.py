@@ -132,7 +132,7 @@ def test_overflow_in_float16_skips_the_step():
 
 
 def test_autocast_around_the_whole_step():
-    """Its cache of low-precision weights must not outlive the exchange of the weights."""
+    """Its cache of low-precision weights must not outlive the move of the weights."""
     losses = {}
     for place in ("inside", "around"):
         model = network(torch.float32, plain=True)

@@ -295,7 +295,7 @@ def table_parser(description: str | None, conf: Path) -> argparse.ArgumentParser
 
 def split(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
     """The overrides of runs, and those of Hydra's own settings ("hydra.launcher.partition=gpu")."""
-    of_hydra = [text for text in overrides if text.lstrip("+~").startswith("hydra")]
+    of_hydra = [text for text in overrides if _key(text).startswith("hydra")]
     return [text for text in overrides if text not in of_hydra], of_hydra
 
 

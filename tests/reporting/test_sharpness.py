@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from rst.models import create
 from rst.reporting import sharpness
@@ -47,10 +48,26 @@ def whole_loss(model, batches):
     return loss, torch.cat([p.detach().flatten() for p in parameters.values()])
 
 
-def test_lambda_max_is_that_of_the_dense_hessian():
-    model, batches = tiny(), some_batches()
+class Attention(nn.Module):
+    """The rows of an image attend to each other."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.qkv = nn.Linear(4, 12, dtype=torch.float64)
+        self.head = nn.Linear(12 * 4, 3, dtype=torch.float64)
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        return self.head(F.scaled_dot_product_attention(q, k, v).flatten(1))
+
+
+@pytest.mark.parametrize("make", [tiny, Attention], ids=["convolution", "attention"])
+def test_lambda_max_is_that_of_the_dense_hessian(make):
+    model, batches = make(), some_batches()
     loss, flat = whole_loss(model, batches)
-    dense = torch.autograd.functional.hessian(loss, flat)
+    with sdpa_kernel(SDPBackend.MATH):  # the one with a second derivative
+        dense = torch.autograd.functional.hessian(loss, flat)
     expected = torch.linalg.eigvalsh(dense)[-1].item()
     assert expected > 0.01
     assert lambda_max(model, batches) == pytest.approx(expected, rel=1e-4)
