@@ -2,7 +2,7 @@
 PYTHON ?= python3
 PROTOCOL ?= quick
 TABLES_cpu := pilot,schedules,constant,gamma
-TABLES_folds := tuning,budget,half,quarter,rivals,others,precision
+TABLES_folds := tuning,budget,half,quarter,rivals,others,precision,scale_tuning,scale
 TABLE ?= $(or $(TABLES_$(PROTOCOL)),overview)
 LAUNCHER ?= joblib
 ARGS ?= # overrides for every run of a table, such as epochs=1

@@ -100,7 +100,7 @@ def reproduce(
         reason = next(iter(failures.values()))
         raise ValueError(f"all {len(cells)} runs failed, so no table is written; the first: {reason}")
     finished = [Finished(r, cells[key].run.metrics(), cells[key].run.sharpness()) for key, r in done.items()]
-    records = collect(folder, finished, outputs)
+    records = collect(folder, finished)
     # Recorded runs that are not here may count, too, but not those that failed here since.
     ids = records.runs["id"]
     kept = ~ids.isin([*failures]) if reuse or only_collect else ids.isin([*done])

@@ -64,11 +64,10 @@ def recorded_in(folder: Path) -> Records:
     return Records(*(_read(path) if path.exists() else empty[name] for name, path in paths.items()))
 
 
-def collect(folder: Path, finished: Iterable[Finished], lock_folder: Path) -> Records:
+def collect(folder: Path, finished: Iterable[Finished]) -> Records:
     """Add the runs to the records in `folder`, in place of older records of theirs. Returns all that the
-    files then hold. A lock in `lock_folder` lets several processes do so at once."""
-    lock_folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(lock_folder / f".{folder.name}-results.lock"):
+    files then hold. Several processes may do so at once."""
+    with FileLock(folder / ".lock"):
         new = records_of(finished)
         runs, curves, sharpness = map(_updated, recorded_in(folder), new)
         # Of a run that has been repeated since, the sharpness recorded is that of other weights.

@@ -45,6 +45,7 @@ BASIC = {"flip": True, "crop_padding": 4}
     [
         ("none", Augment()),
         ("shift", Augment(crop_padding=1)),
+        ("flip", Augment(flip=True)),
         ("basic", Augment(**BASIC)),
         ("cutout", Augment(**BASIC, cutout=16)),
         ("autoaugment", Augment(**BASIC, autoaugment="auto")),

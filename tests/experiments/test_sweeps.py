@@ -2,6 +2,7 @@
 
 import shlex
 from itertools import chain
+from pathlib import Path
 
 import pytest
 import yaml
@@ -11,7 +12,7 @@ from omegaconf import open_dict
 
 from rst.experiments.command_line import describe
 from rst.experiments.driver import _radii
-from rst.experiments.sweeps import cells_of, expand, gather, options, read_table, split
+from rst.experiments.sweeps import cells_of, expand, gather, options, read_table, split, with_outputs
 
 CONF = ROOT / "conf"
 SGD, SAM = {"label": "SGD", "overrides": ["method=sgd"]}, {"label": "SAM", "overrides": ["method=sam"]}
@@ -53,11 +54,11 @@ def test_every_table_under_a_small_protocol():
     """But those with results under it: tests/test_evidence.py composes them and compares with the records."""
     recorded = {path.parent.name for path in ROOT.glob("results/quick/*/table.csv")}
     tables, cells = gather(sorted({*options(CONF, "table")} - recorded), CONF, "quick", [])
+    validating = {"pilot": 2, "tuning": 2, "scale_tuning": 1}
     for table in tables:
-        validating = table.name in ("pilot", "tuning")
         for column, row in rows_of(table):
-            assert column.split == ("validation" if validating else "test")
-            assert list(row.units) == list(range(2 if validating else 10))
+            assert column.split == ("validation" if table.name in validating else "test")
+            assert list(row.units) == list(range({**validating, "scale": 5}.get(table.name, 10)))
             assert {cells[key].run.config["seed"]: key for key in row.runs.values()} == row.runs
 
 
@@ -74,15 +75,16 @@ def test_the_sharpness_of_all_rows_is_measured_at_the_baselines_radius():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["budget", "others", "precision"])
+@pytest.mark.parametrize("name", ["budget", "others", "precision", "scale"])
 def test_parts_of_the_data_as_units(name):
-    """SGD and SAM have two seeds on a part; a column may have its own."""
+    """SGD and SAM have two seeds on a part; a table and a column may have their own."""
     (table,), _ = gather([name], CONF, "folds", [])
+    own = {"vit": range(2, 7), "bf16": range(2, 6), "fp32": range(2, 6), "scale": range(5)}
     for column, row in rows_of(table):
-        own = {"vit": range(2, 7), "resnet20": range(5), "bf16": range(2, 6), "fp32": range(2, 6)}
-        twice = row.label in ("SGD", "SAM") and column.name not in own
+        parts = own.get(column.name or name)
+        twice = row.label in ("SGD", "SAM") and parts is None
         assert {len(seeds) for seeds in row.units.values()} == {2 if twice else 1}
-        assert sorted(row.units) == list(own.get(column.name, range(2, 10)))
+        assert sorted(row.units) == list(parts or range(2, 10))
 
 
 @pytest.mark.parametrize("table", ["overview", "imagenet"])
@@ -179,6 +181,12 @@ def test_seeds_on_one_part_are_no_parts(conf):
     (table,), _ = gather(["t"], folder, "cpu", ["dataset.folds=5", "dataset.fold=7"])
     assert {row.folds for row in table.columns[0].rows} == {None}  # seed 7's part is its number
     assert "fold 7" in table.columns[0].setting
+
+
+@pytest.mark.parametrize("outputs", ["a=1, b", "müll/läufe", "it's [here]", "/scratch/plain-folder_1.0"])
+def test_any_folder_can_hold_the_outputs(outputs):
+    (cell,) = cells_of(with_outputs(["method=sgd"], Path(outputs)))
+    assert cell.run.outputs == Path(outputs)
 
 
 def test_without_a_protocols_seeds_there_is_one():

@@ -67,11 +67,19 @@ def test_what_changes_the_result_is(path, value):
     assert identity(changed(path, value)) != identity(CONFIG)
 
 
-def test_data_of_ones_own_are_told_apart_by_their_folder_unless_they_have_a_name():
-    for named in ({}, {"name": "pets"}):
-        data = [{"_target_": "my_data.pets", "root": root, **named} for root in ("a", "b")]
-        one, other = (identity(changed("dataset", node)) for node in data)
-        assert (one == other) == bool(named)
+@pytest.mark.parametrize(
+    ("target", "named"),
+    [
+        ("my_data.pets", {}),
+        ("my_data.pets", {"name": "pets"}),
+        ("rst.data.image_folder", {"name": None}),
+        ("rst.data.image_folder", {"name": "pets"}),
+    ],
+)
+def test_data_of_ones_own_are_told_apart_by_their_folder_unless_they_have_a_name(target, named):
+    data = [{"_target_": target, "root": root, **named} for root in ("a", "b")]
+    one, other = (identity(changed("dataset", node)) for node in data)
+    assert (one == other) == bool(named.get("name"))
 
 
 @pytest.mark.parametrize(
