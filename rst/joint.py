@@ -70,8 +70,9 @@ class Joint(Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Set all gradients to None, whatever `set_to_none` says."""
-        for base in self.bases:
-            base.zero_grad(set_to_none=True)
+        for group in self.param_groups:  # not by the bases' zero_grad, of which some take no argument
+            for p in group["params"]:
+                p.grad = None
 
     def __getstate__(self) -> dict[str, Any]:
         """All but the `step` that a learning-rate scheduler puts here, which would drive the original."""

@@ -214,8 +214,8 @@ def refuse_to_drop(grads: Iterable[Tensor], has_gradient: bool) -> None:
             "micro-batches within one loop over passes(); to leave a step out, call zero_grad()"
         )
     raise RuntimeError(
-        "passes() would drop the gradients of a backward() outside it: call backward() in the loop "
-        "over passes(), also to accumulate micro-batches, or drop them by zero_grad()"
+        "passes() would drop gradients that were computed or changed outside it: call backward() in the "
+        "loop over passes(), also to accumulate micro-batches, or drop them by zero_grad()"
     )
 
 
@@ -295,7 +295,7 @@ def check_module(module: nn.Module | None) -> None:
 
 def devices_of(parameters: Iterable[Tensor], module: Any) -> set[torch.device]:
     """Where a pass computes: where the parameters are, and `nn.DataParallel`'s replicas of them."""
-    replicas = getattr(module, "device_ids", None) or ()
+    replicas = module.device_ids if isinstance(module, nn.DataParallel) else ()
     return {p.device for p in parameters if not p.is_meta} | {torch.device(device) for device in replicas}
 
 

@@ -47,7 +47,9 @@ class Perturbation:
         ]
         try:
             with torch.no_grad():
-                norm = self._norm([p for parameters, _ in moved for p in parameters], adaptive, direction)
+                all_of_them = [p for parameters, _ in moved for p in parameters]
+                norm = self._norm(all_of_them, adaptive, direction)
+                self._keep(all_of_them)
                 for parameters, rho in moved:
                     self._apply(parameters, divide(rho, norm), adaptive, direction)
             _drop_copies(layers)
@@ -66,17 +68,18 @@ class Perturbation:
             ]
         return total_norm(tensors)
 
+    def _keep(self, parameters: list[Tensor]) -> None:
+        """Copy them, all before any moves, as some may share memory."""
+        if parameters:
+            torch._foreach_copy_([self._copy(p) for p in parameters], [local(p) for p in parameters])
+        self._moved = parameters  # now that there is something to go back to
+
     def _apply(
         self, parameters: Sequence[Tensor], scale: Tensor, adaptive: bool, direction: Direction
     ) -> None:
         """θ ← θ + scale·g, or θ + scale·|θ|²·g where `adaptive`. `scale`: a scalar, on any device."""
-        if not parameters:
-            return
-        thetas = [local(p) for p in parameters]
-        torch._foreach_copy_([self._copy(p) for p in parameters], thetas)
-        self._moved += parameters  # now that there is something to go back to
-        for theta, p in zip(thetas, parameters, strict=True):
-            step = local(direction(p), p)
+        for p in parameters:
+            theta, step = local(p), local(direction(p), p)
             step = step * theta * theta.conj() if adaptive else step
             theta.addcmul_(step, scale.to(theta.device))
 

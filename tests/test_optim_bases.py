@@ -292,6 +292,34 @@ def test_another_optimizer_on_the_same_model(p, gamma):
         other.zero_grad()
 
 
+@pytest.mark.parametrize("gamma", [0.5, 1.0])
+def test_a_network_that_the_body_unfreezes_has_the_gradient_of_the_clean_pass(gamma):
+    model, critic = network(plain=True), nn.Linear(4, 1).double()
+    optimizer, grads = (
+        RST(sgd(model.parameters()), 1.0, 10, gamma=gamma, module=nn.ModuleList([model, critic])),
+        [],
+    )
+    critic.requires_grad_(False)
+    for _ in optimizer.passes():
+        critic.requires_grad_(True)
+        critic(loss_of(model, 0).detach().expand(1, 4)).sum().backward()
+        grads.append(critic.weight.grad.clone())
+    assert_same_bits([critic.weight.grad], grads[:1])
+    assert not torch.equal(*grads)
+
+
+def test_a_base_whose_zero_grad_takes_no_argument():
+    class Own(torch.optim.SGD):
+        def zero_grad(self):
+            super().zero_grad()
+
+    model = network()
+    optimizer = RST(Own(model.parameters(), lr=0.1), 1.0, 10)
+    optimizer.step(lambda: loss_of(model, 0))
+    optimizer.zero_grad()
+    assert all(p.grad is None for p in model.parameters())
+
+
 def test_train_and_eval_reach_a_schedule_free_base():
     """Its weights in evaluation are an average."""
     models, optimizers = [network(), network()], []

@@ -36,6 +36,20 @@ def test_each_pass_is_named_and_has_its_weights(adaptive):
     assert_same_bits(list(model.parameters()), theta)
 
 
+def test_parameters_that_share_memory_come_back():
+    """In different groups: the second was moved by the first."""
+    embedding, head = nn.Embedding(5, 4), nn.Linear(4, 5, bias=False)
+    head.weight.data = embedding.weight.data
+    groups = [{"params": [embedding.weight], "weight_decay": 0.0}, {"params": [head.weight]}]
+    optimizer = RST(torch.optim.SGD(groups, lr=0.1), 1.0, 10, rho=0.5)
+    theta, seen = embedding.weight.detach().clone(), []
+    for _ in optimizer.passes():
+        seen.append(embedding.weight.detach().clone())
+        F.cross_entropy(head(embedding(torch.tensor([0, 1]))), torch.tensor([1, 2])).backward()
+    assert not torch.equal(seen[1], theta)
+    assert_same_bits([embedding.weight], [theta])
+
+
 def test_a_plain_step_has_the_clean_pass_alone():
     model = network()
     optimizer = rst(model, p=0.0)

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial, wraps
+from types import MethodType
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -54,7 +55,7 @@ class RSTCallback(Callback):
             raise ValueError(f"RST does not work with {name}: use 'ddp' or ModelParallelStrategy")
         for optimizer in optimizers:
             optimizer.module = trainer.strategy.model
-            self._replace(optimizer, "step", _without_passes(optimizer.step))
+            self._replace(optimizer, "step", MethodType(_without_passes(optimizer.step), optimizer))
         if pl_module.automatic_optimization:
             step = partial(_after_passes, pl_module, pl_module.optimizer_step)
             self._replace(pl_module, "optimizer_step", wraps(pl_module.optimizer_step)(step))
@@ -107,7 +108,7 @@ def _without_passes(step: Callable[..., Any]) -> Callable[..., Any]:
     """`RST.step` for a closure that only unscales, clips and calls hooks."""
 
     @wraps(step)  # learning-rate schedulers have left a mark on it
-    def step_after(closure: Callable[[], Any] | None = None) -> Any:
+    def step_after(self: RST, closure: Callable[[], Any] | None = None) -> Any:
         loss = closure() if closure else None
         step()
         return loss

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from by_hand import numbered_batches, run_example
 from lightning.fabric import Fabric
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.plugins.precision import MixedPrecision
 from reference import assert_close, assert_same_bits, network, sgd, state
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_
@@ -204,6 +205,24 @@ def test_two_processes_average_the_gradient_once_a_step(tmp_path):
         run = trainer(tmp_path, [AveragesOnceAStep()], **options)
         run.fit(net, loader(numbered_batches(STEPS)))  # both ranks see the same batches
     assert_close(state(net.net), by_hand.weights(SCHEDULE, STEPS, gamma=2.0))
+
+
+def test_learning_rate_schedulers_made_in_training(tmp_path):
+    """Stochastic weight averaging makes one of its own."""
+
+    class Bare(Net):
+        def __init__(self):
+            super().__init__()
+            self.net = network(plain=True)  # for BatchNorm that callback has an epoch without steps
+
+        def configure_optimizers(self):
+            return super().configure_optimizers()[0]
+
+    run = trainer(tmp_path, [StochasticWeightAveraging(swa_lrs=0.01, swa_epoch_start=1)], max_epochs=3)
+    run.fit(net := Bare(), loader(numbered_batches(STEPS)))
+    optimizer = run.optimizers[0]
+    assert optimizer.steps == 3 * STEPS and optimizer.param_groups[0]["swa_lr"] == 0.01
+    assert all(p.isfinite().all() for p in net.net.parameters())
 
 
 def test_a_model_is_as_before_when_training_ends(tmp_path):
