@@ -30,8 +30,9 @@ SIZES = {
     "rst.data.cifar10": DataSize(50_000, 3, 32, 10),
     "rst.data.cifar100": DataSize(50_000, 3, 32, 100),
     "rst.data.digits": DataSize(1297, 1, 8, 10),
-    "rst.data.imagenet": DataSize(1_281_167, 3, 224, 1000),
-    "cifar10-jpeg": DataSize(50_000, 3, 32, 10),  # an image folder, by its name
+    # By their names, as others may lie in folders of the same layout:
+    "imagenet": DataSize(1_281_167, 3, 224, 1000),
+    "cifar10-jpeg": DataSize(50_000, 3, 32, 10),
 }
 _RESNET20 = {"_target_": "rst.models.create", "name": "resnet20"}
 
@@ -89,7 +90,7 @@ def data_size(config: Mapping[str, Any]) -> DataSize:
     size = size or _folder_size(Path(node["root"]).expanduser())
     n = size.train_images
     if folds := node.get("folds"):
-        n = len(range(node["fold"] % folds, n, folds))
+        n = len(range((node["fold"] or 0) % folds, n, folds))  # without one, the run will say so
     if node["validation"]:
         n -= n // 10
     return size._replace(train_images=node["train_size"] or n, side=node.get("image_size") or size.side)

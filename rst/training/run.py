@@ -75,11 +75,9 @@ class Run:
         text = "-".join([*self.labels, f"s{self.config['seed']}"])
         return re.sub(r"[^A-Za-z0-9_.-]+", "_", text).lstrip(".")[:LONGEST_NAME] + f"-{self.id}"
 
-    @cached_property
+    @property
     def folder(self) -> Path:
-        """The one that the run has already, perhaps under the names of other options, else a new one."""
-        named = self.outputs / self.name
-        return named if named.exists() else next(self.outputs.glob(f"*-{self.id}"), named)
+        return self.outputs / self.name
 
     @property
     def checkpoint(self) -> Path:

@@ -68,8 +68,10 @@ def test_digits_have_that_many_images(validation):
     assert size.train_images == len(digits(validation=validation).train_labels)
 
 
-def test_an_image_folder_is_counted(tmp_path):
-    config = config_of("dataset=image_folder", f"dataset.root={tmp_path}", "dataset.image_size=16")
+@pytest.mark.parametrize("dataset", ["image_folder", "imagenet"])
+def test_an_image_folder_is_counted(dataset, tmp_path):
+    named = ["dataset.name=flowers", f"dataset.root={tmp_path}", "dataset.image_size=16"]
+    config = config_of(f"dataset={dataset}", *named)
     with pytest.raises(FileNotFoundError, match="no folder"):
         data_size(config)
     for name, n in (("a", 3), ("b", 2)):

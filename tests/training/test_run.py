@@ -20,14 +20,6 @@ def test_a_name_is_one_safe_folder(tmp_path):
     assert "/" not in crafted.name and " " not in crafted.name
 
 
-def test_a_run_keeps_its_folder_under_the_names_of_other_options(tmp_path):
-    run = Run(tmp_path, CONFIG, CHOICES, "python train.py")
-    run.fail("for want of time")
-    renamed = Run(tmp_path, CONFIG, CHOICES | {"augment": "flip"}, "python train.py augment=flip")
-    assert renamed.folder == run.folder
-    assert Run(tmp_path, CONFIG | {"seed": 1}, CHOICES, "").folder != run.folder
-
-
 def test_files_of_a_run(tmp_path):
     run = Run(tmp_path, CONFIG, CHOICES, "python train.py seed=0")
     assert run.result() is None and run.failure() is None and not run.is_locked()
