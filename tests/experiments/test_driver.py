@@ -82,7 +82,8 @@ def test_from_nothing_to_a_table(reproduced):
     assert printed.startswith("4 runs, 4 to do\n[1/4, ")
     assert re.findall(r"^\[\d/4", printed, re.MULTILINE) == [f"[{i}/4" for i in range(1, 5)]
     assert re.search(r"^\[.*\] imagenet / SAM, seed 0: test accuracy \d\d\.\d\d %$", printed, re.MULTILINE)
-    assert {path.name for path in results_of(folder).iterdir()} == {"runs.csv", "curves.csv", "imagenet"}
+    visible = {path.name for path in results_of(folder).glob("[!.]*")}
+    assert visible == {"runs.csv", "curves.csv", "imagenet"}
     page = (results_of(folder) / "imagenet" / "README.md").read_text()
     assert page.partition("\n## ")[0] in printed
     for label in ("SGD", "SAM", "RST linear", "G-RST linear"):
