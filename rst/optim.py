@@ -256,8 +256,8 @@ class RST(Joint):
         of_module = [] if module is None else list(module.parameters())
         before = random_state(devices_of([*self._parameters(), *of_module], module))
         optimized = {id(p) for group in self.param_groups for p in group["params"]}
-        others = [p for p in of_module if id(p) not in optimized]
-        has_others = any(p.requires_grad for p in others)  # the body may yet unfreeze some
+        others = [p for p in of_module if id(p) not in optimized]  # frozen ones, too: the body may unfreeze
+        has_others = any(p.requires_grad for p in others)
         is_local = not self.sync_perturbation and can_skip_averaging(module, self._parameters(), has_others)
         shake = true_gradient(None if self.decides_late else module)
         with shake, module.no_sync() if is_local else nullcontext():

@@ -294,11 +294,9 @@ def test_another_optimizer_on_the_same_model(p, gamma):
 
 @pytest.mark.parametrize("gamma", [0.5, 1.0])
 def test_a_network_that_the_body_unfreezes_has_the_gradient_of_the_clean_pass(gamma):
-    model, critic = network(plain=True), nn.Linear(4, 1).double()
-    optimizer, grads = (
-        RST(sgd(model.parameters()), 1.0, 10, gamma=gamma, module=nn.ModuleList([model, critic])),
-        [],
-    )
+    model, critic, grads = network(plain=True), nn.Linear(4, 1).double(), []
+    both = nn.ModuleList([model, critic])
+    optimizer = RST(sgd(model.parameters()), 1.0, 10, gamma=gamma, module=both)
     critic.requires_grad_(False)
     for _ in optimizer.passes():
         critic.requires_grad_(True)

@@ -76,7 +76,6 @@ def reproduce(
         tables, cells = gather(names, conf, protocol, with_outputs(common, outputs))
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / ".lock").touch()  # and not only when all has run
         except OSError as error:
             raise PermissionError(f"cannot write to {folder} ({error.strerror}); choose --results") from error
         older = recorded_in(folder).runs

@@ -309,7 +309,9 @@ def results_of(overrides: Sequence[str], outputs: Path) -> Path:
 def with_outputs(overrides: Sequence[str], outputs: Path) -> list[str]:
     """The overrides, with that for the folder of run folders. The default is left out, so that the commands
     that runs record hold anywhere."""
+    if outputs == OUTPUTS:
+        return [*overrides]
     text = str(outputs)
     if not re.fullmatch(r"[\w./-]+", text, re.ASCII):  # Hydra's grammar takes the others in quotes only
         text = "'" + text.replace("'", r"\'") + "'"
-    return [*overrides, *([] if outputs == OUTPUTS else [f"outputs={text}"])]
+    return [*overrides, f"outputs={text}"]

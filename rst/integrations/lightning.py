@@ -55,7 +55,7 @@ class RSTCallback(Callback):
             raise ValueError(f"RST does not work with {name}: use 'ddp' or ModelParallelStrategy")
         for optimizer in optimizers:
             optimizer.module = trainer.strategy.model
-            self._replace(optimizer, "step", MethodType(_without_passes(optimizer.step), optimizer))
+            self._replace(optimizer, "step", _without_passes(optimizer))
         if pl_module.automatic_optimization:
             step = partial(_after_passes, pl_module, pl_module.optimizer_step)
             self._replace(pl_module, "optimizer_step", wraps(pl_module.optimizer_step)(step))
@@ -104,16 +104,17 @@ def _after_passes(
     optimizer_step(epoch, batch_idx, optimizer, lambda: loss)
 
 
-def _without_passes(step: Callable[..., Any]) -> Callable[..., Any]:
+def _without_passes(optimizer: RST) -> Callable[..., Any]:
     """`RST.step` for a closure that only unscales, clips and calls hooks."""
+    step = optimizer.step
 
     @wraps(step)  # learning-rate schedulers have left a mark on it
-    def step_after(self: RST, closure: Callable[[], Any] | None = None) -> Any:
+    def step_after(_: RST, closure: Callable[[], Any] | None = None) -> Any:
         loss = closure() if closure else None
         step()
         return loss
 
-    return step_after
+    return MethodType(step_after, optimizer)  # schedulers made in training wrap the function of a method
 
 
 def _nothing(*_: Any, **__: Any) -> None:

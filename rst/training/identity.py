@@ -40,8 +40,8 @@ def identity(config: Mapping[str, Any]) -> str:
     """
     kept = {path: value for path, value in _flat(config) if not _is_left_out(path, value)}
     data = config.get("dataset", {})
-    known = "known by its _target_" if data.get("_target_", "").startswith("rst.") else None
-    if "root" in data and data.get("name", known) is None:
+    is_fixed = "name" not in data and data.get("_target_", "").startswith("rst.")  # as CIFAR is
+    if "root" in data and data.get("name") is None and not is_fixed:
         kept["dataset.root"] = data["root"]  # nothing else tells somebody's own data apart
     return "r" + hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:8]
 
